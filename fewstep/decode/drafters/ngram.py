@@ -1,0 +1,126 @@
+"""Prompt lookup: what followed the last time the text ended like this. This file knows token histories and no network."""
+
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from fewstep.core.draft import Handle, Verdict
+from fewstep.core.mixer import Tree
+from fewstep.core.model import Target
+from fewstep.core.random import Rng
+from fewstep.decode.drafters.config import DrafterConfig, Load
+
+
+class NgramConfig(DrafterConfig):
+    """Look for the longest suffix of `min_ngram` to `max_ngram` tokens that occurred before and propose what followed.
+
+    `depth` tokens are proposed for each of the `branches` best continuations that differ in their first token.
+    """
+
+    kind: ClassVar[str] = "ngram"
+    source: ClassVar[str] = "Saxena 2023, prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding"
+
+    max_ngram: int = Field(4, ge=1, le=16)
+    min_ngram: int = Field(2, ge=1)
+    depth: int = Field(8, ge=1)
+    branches: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "NgramConfig":
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram={self.min_ngram}: above max_ngram={self.max_ngram}; lower it")
+        return self
+
+    def build(self, target: Target, load: Load) -> "Ngram":
+        return Ngram(self)
+
+
+@final
+class History:
+    """The committed tokens of each row: `tokens` [B, edge+C], of which `edge` columns of -1 come first, and their `lengths` [B]."""
+
+    def __init__(self, tokens: Tensor, lengths: Tensor, edge: int, longest: int) -> None:
+        self.tokens, self.lengths, self.edge, self.longest = tokens, lengths, edge, longest
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, edge: int, device: torch.device) -> "History":
+        tokens = torch.zeros(batch, edge + capacity, dtype=torch.int64, device=device)
+        tokens[:, :edge] = -1
+        return cls(tokens, torch.zeros(batch, dtype=torch.int64, device=device), edge, 0)
+
+    def extended(self, tokens: Tensor, count: Tensor) -> "History":
+        """The history followed by the first `count[b]` of `tokens` [B,N]; writes in place, beyond the end of this one only."""
+        place = self.edge + self.lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
+        self.tokens.scatter_(1, place, tokens)  # what lies beyond `count` is overwritten by the next tokens
+        lengths = self.lengths + count
+        return History(self.tokens, lengths, self.edge, int(lengths.max()))
+
+    def fork(self, rows: Tensor) -> "History":
+        return History(self.tokens[rows], self.lengths[rows], self.edge, self.longest)
+
+    def join(self, other: "History") -> "History":
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        tokens = [functional.pad(store, (0, width - store.shape[1])) for store in (self.tokens, other.tokens)]
+        return History(torch.cat(tokens), torch.cat([self.lengths, other.lengths]), self.edge, max(self.longest, other.longest))
+
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.lengths.nbytes
+
+
+@final
+class Ngram:
+    """Chosen nodes: chains that hang from the root, the best match first.
+
+    A longer match wins, then the more recent. A continuation that reaches the end of the text starts over at its own first
+    token, since a text that repeats with period d most likely repeats again. State: 8 bytes per token.
+    Cost: about 2 * max_ngram passes over the row's history; no network.
+    Differs: the most recent match instead of the oldest; several branches; the periodic continuation.
+    """
+
+    taps: tuple[str, ...] = ()
+
+    def __init__(self, config: NgramConfig) -> None:
+        self.config = config
+
+    def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> History:
+        history = History.empty(prompt.batch, capacity, self.config.max_ngram, prompt.tokens.device)
+        return history.extended(prompt.tokens, prompt.valid.sum(1))
+
+    def propose(self, root: Tensor, state: History, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, History]:
+        text = state.extended(root.unsqueeze(1), torch.ones_like(root))
+        widest, depth = int(budget.max()), self.config.depth
+        tokens, parent = [root.unsqueeze(1)], [torch.full_like(root, -1).unsqueeze(1)]
+        rank = self._rank(text)
+        step = torch.arange(depth, device=root.device)
+        for first in range(1, min(widest, 1 + self.config.branches * depth), depth):
+            best, end = rank.max(1, keepdim=True)  # [B,1]
+            if not bool((best >= 0).any()):
+                break
+            period = (text.lengths.unsqueeze(1) - 1 - end).clamp(min=1)
+            branch = text.tokens.gather(1, text.edge + end + 1 + step % period)
+            node = first + step
+            valid = (best >= 0) & (node < budget.unsqueeze(1))
+            tokens.append(torch.where(valid, branch, 0))
+            parent.append(torch.where(valid, torch.where(step == 0, 0, node - 1), -2))
+            follows = text.tokens[:, text.edge + 1 : text.edge + 1 + rank.shape[1]]
+            rank = torch.where(follows == branch[:, :1], -1, rank)
+        return Tree(torch.cat(tokens, 1)[:, :widest], torch.cat(parent, 1)[:, :widest]), state
+
+    def observe(self, tree: Tree, verdict: Verdict, hidden: Mapping[str, Tensor], state: History) -> History:
+        return state.extended(tree.tokens.gather(1, verdict.path), verdict.keep)
+
+    def _rank(self, text: History) -> Tensor:
+        """[B,P] for every place where an earlier occurrence may end: how good the match is, -1 where it is none."""
+        places, edge = text.longest - 1, text.edge
+        index = torch.arange(places, device=text.tokens.device)
+        agrees = index < text.lengths.unsqueeze(1) - 1
+        length = torch.zeros_like(index)
+        for back in range(self.config.max_ngram):  # the -1 edge stops a match at the start of the text
+            suffix = text.tokens.gather(1, edge - 1 - back + text.lengths.unsqueeze(1))
+            agrees = agrees & (text.tokens[:, edge - back : edge - back + places] == suffix)
+            length = length + agrees
+        return torch.where(length >= self.config.min_ngram, length * places + index, -1)

@@ -1,0 +1,207 @@
+"""The decoder-only language model: embedding, blocks, norm, unembedding, and the extra heads of its checkpoint.
+
+It fulfils `core.model.Target` for the token loops and offers a parallel `forward` to the objectives. This file knows mixers,
+position encodings and heads through their registries only.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.core.mixer import Aux, Causal, Context, Mask, Tree
+from fewstep.core.model import Output
+from fewstep.core.recipe import Config, choice
+from fewstep.nn.blocks import Block, BlockConfig, norm
+from fewstep.nn.heads import HEADS
+from fewstep.nn.mixers import MIXERS
+from fewstep.nn.mixers.attention import AttentionConfig, AttentionState
+from fewstep.nn.position import POSITIONS, RopeConfig
+from fewstep.nn.slots import Slots
+from fewstep.nn.stack import StackState
+
+
+class DecoderConfig(BlockConfig):
+    """A decoder. `mixers` lists the mixer of each layer and repeats over the depth; `heads` are trained beside the trunk."""
+
+    kind: ClassVar[str] = "decoder"
+    source: ClassVar[str] = "Touvron et al. 2023, arXiv 2302.13971 (pre-norm, SwiGLU, RoPE)"
+
+    vocab: int = Field(2048, ge=2)
+    width: int = Field(256, ge=1)
+    depth: int = Field(8, ge=1)
+    query_heads: int = Field(4, ge=1)
+    mixers: tuple[choice(lambda: MIXERS, "mixers"), ...] = (AttentionConfig(),)  # type: ignore[valid-type]
+    position: choice(lambda: POSITIONS, "position") = RopeConfig()  # type: ignore[valid-type]
+    heads: tuple[choice(lambda: HEADS, "heads"), ...] = ()  # type: ignore[valid-type]
+    tied: bool = True
+    max_positions: int | None = Field(2048, ge=1)
+    init_std: float = Field(0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _has_mixers(self) -> "DecoderConfig":
+        if not self.mixers:
+            raise ValueError("mixers=(): empty; name at least one mixer, e.g. ['attention']")
+        return self
+
+    def build(self) -> "Decoder":
+        return Decoder(self)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A parallel pass: `final` [B,T,D] after the last norm, tapped activations by name, and the mixers' losses and counts."""
+
+    final: Tensor
+    hidden: Mapping[str, Tensor]
+    context: Context
+    aux: Aux
+
+
+@final
+class Decoder(nn.Module):
+    """A `Target`. Cost of a call: about 2 parameters per token; the state is what its mixers keep per token."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab, self.width, self.depth = config.vocab, config.width, config.depth
+        self.max_positions = config.max_positions
+        self.recompute = False  # activation checkpointing of each block in `forward`
+        mixer: Any = config.mixers[0]
+        head_width = mixer.head_width or config.width // config.query_heads
+        position_config: Any = config.position
+        self.position = position_config.build(head_width=head_width)
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
+        self.norm = norm(config.norm, config.width, config.eps)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        made = {
+            head.drafter: head.build(
+                width=config.width, trunk_depth=config.depth, eps=config.eps, make_block=lambda: self._block(config.depth - 1)
+            )
+            for head in cast(tuple[Any, ...], config.heads)
+        }
+        self.extra = nn.ModuleDict(made)
+        self._initialise()
+
+    @property
+    def heads(self) -> Mapping[str, nn.Module]:
+        return dict(self.extra.items())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+    def unembed(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
+        return self.head(h) if ids is None else nn.functional.linear(h, self.head.weight[ids])
+
+    def init_state(self, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype) -> StackState:
+        layers = [cast(Block, block).init_state(batch, capacity, device=device, dtype=dtype) for block in self.blocks]
+        return StackState.empty(layers, Slots.empty(batch, capacity, device))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        taps: tuple[str, ...] = (),
+    ) -> Encoded:
+        """The parallel form over tokens [B,T]; positions restart with each segment unless given."""
+        positions = sequence_positions(tokens, segments) if positions is None else positions
+        ctx = Context(positions, segments=segments, mask=mask or Causal())
+        x = self.position.embed(self.embed(tokens), positions)
+        hidden = {"embed": x} if "embed" in taps else {}
+        aux: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x, layer_aux = checkpoint(block, x, ctx, use_reentrant=False) if self.recompute else block(x, ctx)
+            aux.update({f"layer.{i}.{name}": value for name, value in layer_aux.items()})
+            if f"layer.{i}" in taps:
+                hidden[f"layer.{i}"] = x
+        final_hidden = self.norm(x)
+        hidden |= {name: value for name, value in (("hidden", x), ("final", final_hidden)) if name in taps}
+        return Encoded(final_hidden, self._checked(hidden, taps), ctx, aux)
+
+    def extend(
+        self,
+        tree: Tree,
+        state: Any,
+        *,
+        taps: tuple[str, ...] = (),
+        need: Tensor | None = None,
+        mask: Mask | None = None,
+        positions: Tensor | None = None,
+        inputs: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Output:
+        layers = range(self.depth) if layers is None else layers
+        stack = cast(StackState, state)
+        slots = stack.slots.extend(tree.parent, tree.size)
+        if self.max_positions is not None and slots.end > self.max_positions:
+            raise ValueError(f"max_positions={self.max_positions}: {slots.end} positions asked for; shorten the prompt or the tree")
+        positions = slots.index[:, -tree.size :] if positions is None else positions
+        ctx = Context(positions, parent=tree.parent, mask=mask or Causal())
+        x = self.position.embed(self.embed(tree.tokens) if inputs is None else inputs, positions)
+        hidden = {"embed": x} if "embed" in taps else {}
+        new = []
+        for i, (block, layer) in enumerate(zip(self.blocks, stack.layers, strict=True)):
+            if i not in layers:
+                new.append(cast(AttentionState, layer).skip(tree.parent, tree.size))
+                continue
+            x, layer = cast(Block, block).extend(x, ctx, layer)
+            new.append(layer)
+            if f"layer.{i}" in taps:
+                hidden[f"layer.{i}"] = x
+        if "hidden" in taps:
+            hidden["hidden"] = x
+        wanted = None if need is None else need.unsqueeze(-1).expand(-1, -1, self.width)
+        if "final" in taps:
+            hidden["final"] = x = self.norm(x)
+            logits = self.head(x if wanted is None else x.gather(1, wanted))
+        else:
+            logits = self.head(self.norm(x if wanted is None else x.gather(1, wanted)))
+        if "logits" in taps:
+            hidden["logits"] = logits
+        return Output(logits, self._checked(hidden, taps), StackState(new, slots))
+
+    def _block(self, layer: int) -> Block:
+        mixers = cast(tuple[Any, ...], self.config.mixers)
+        mixer = mixers[layer % len(mixers)].build(width=self.width, heads=self.config.query_heads, position=self.position)
+        return Block(self.config, self.width, mixer)
+
+    def _checked(self, hidden: dict[str, Tensor], taps: tuple[str, ...]) -> dict[str, Tensor]:
+        for name in taps:
+            if name not in hidden:
+                known = f"embed, layer.0 .. layer.{self.depth - 1}, hidden, final, logits"
+                raise ValueError(f"taps={name!r}: this model has no such activation; choose from {known}")
+        return hidden
+
+    def _initialise(self) -> None:
+        """Normal weights, residual outputs shrunk by sqrt(2 depth) so that the residual keeps its scale (GPT-2)."""
+        std, shrink = self.config.init_std, math.sqrt(2 * self.depth)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std / shrink if name.endswith((".out", ".down")) else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+
+
+def sequence_positions(tokens: Tensor, segments: Tensor | None) -> Tensor:
+    """[B,T] positions from 0, restarting where `segments` [B,T] change."""
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if segments is None:
+        return index
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values

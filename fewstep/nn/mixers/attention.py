@@ -1,0 +1,170 @@
+"""Softmax attention: grouped queries, optional query-key norm and sliding window, through PyTorch's fused kernel.
+
+This file knows no position encoding but its contract, and keeps keys already rotated.
+"""
+
+from typing import ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from fewstep.core.mixer import Aux, Causal, Context, Dense, Full, Window
+from fewstep.core.position import NoPosition
+from fewstep.core.recipe import Config
+from fewstep.nn.masks import allowed
+from fewstep.nn.slots import Slots
+
+
+class AttentionConfig(Config):
+    """Multi-head or grouped-query softmax attention. None means: as many key-value heads as heads; width / heads."""
+
+    kind: ClassVar[str] = "attention"
+    source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762; GQA arXiv 2305.13245; query-key norm arXiv 2302.05442"
+
+    kv_heads: int | None = Field(None, ge=1)
+    head_width: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1)
+    qk_norm: bool = False
+    bias: bool = False
+    out_bias: bool = False
+    eps: float = Field(1e-6, gt=0)
+
+    def widths(self, width: int, heads: int) -> tuple[int, int]:
+        """(key-value heads, head width) for a model of `width` with `heads`. Raises ValueError where they do not divide."""
+        kv_heads = self.kv_heads or heads
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads}: must divide heads={heads}; choose a divisor")
+        if self.head_width is None and width % heads:
+            raise ValueError(f"heads={heads}: must divide width={width}; choose a divisor or set head_width")
+        return kv_heads, self.head_width or width // heads
+
+    def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "Attention":
+        return Attention(self, width, heads, position or NoPosition())
+
+
+@final
+class AttentionState:
+    """Keys and values [B,2G,S,E] (keys first) and their slot table. Cost: 2 G E numbers per token."""
+
+    def __init__(self, cache: Tensor, slots: Slots) -> None:
+        self.cache, self.slots = cache, slots
+
+    def append(self, new: Tensor, parent: Tensor | None) -> "AttentionState":
+        """With `new` [B,2G,T,E] as pending nodes. Raises ValueError over capacity, before any write."""
+        start = self.slots.end
+        slots = self.slots.extend(parent, new.shape[2])
+        if torch.is_grad_enabled() and (new.requires_grad or self.cache.requires_grad):
+            cache = torch.cat([self.cache[:, :, :start], new, self.cache[:, :, slots.end :]], 2)
+        else:
+            cache = self.cache
+            cache[:, :, start : slots.end] = new
+        return AttentionState(cache, slots)
+
+    def skip(self, parent: Tensor | None, count: int) -> "AttentionState":
+        """`count` pending nodes this layer never sees, because an early exit leaves before it; only to be rolled back."""
+        return AttentionState(self.cache, self.slots.extend(parent, count))
+
+    def commit(self, path: Tensor, keep: Tensor) -> "AttentionState":
+        slots, moves = self.slots.commit(path, keep)
+        if moves is not None:
+            if self.cache.requires_grad:
+                self.cache = self.cache.clone()
+            moves.apply(self.cache)
+        return AttentionState(self.cache, slots)
+
+    def rollback(self) -> "AttentionState":
+        return AttentionState(self.cache, self.slots.rollback())
+
+    def fork(self, rows: Tensor) -> "AttentionState":
+        return AttentionState(self.cache[rows], self.slots.fork(rows))
+
+    def join(self, other: "AttentionState") -> "AttentionState":
+        slots = self.slots.join(other.slots)
+        return AttentionState(torch.cat([_grown(self.cache, slots.capacity), _grown(other.cache, slots.capacity)]), slots)
+
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+
+def _grown(cache: Tensor, capacity: int) -> Tensor:
+    return nn.functional.pad(cache, (0, 0, 0, capacity - cache.shape[2]))
+
+
+@final
+class Attention(nn.Module):
+    """Softmax attention over [B,T,D]. Cost: 4 T^2 D per row in the parallel form. `ctx.shared` keys: ("attention", window or mask)."""
+
+    modes = frozenset({"causal", "bidirectional"})
+    masks = frozenset({Causal, Window, Full, Dense})
+
+    def __init__(self, config: AttentionConfig, width: int, heads: int, position: NoPosition) -> None:
+        super().__init__()
+        self.config, self.heads, self.position = config, heads, position
+        self.kv_heads, self.head_width = config.widths(width, heads)
+        self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * self.head_width, bias=config.bias)
+        self.out = nn.Linear(heads * self.head_width, width, bias=config.out_bias)
+        self.q_norm = nn.RMSNorm(self.head_width, eps=config.eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_width, eps=config.eps) if config.qk_norm else None
+
+    def init_state(self, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype) -> AttentionState:
+        # zeros, not empty: a masked slot still enters the weighted sum with weight 0, and 0 x NaN is NaN
+        cache = torch.zeros(batch, 2 * self.kv_heads, capacity, self.head_width, device=device, dtype=dtype)
+        return AttentionState(cache, Slots.empty(batch, capacity, device))
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Aux]:
+        q, kv = self._project(x, ctx)
+        k, v = kv.split(self.kv_heads, 1)
+        mask = self._mask(ctx)
+        if isinstance(mask, Causal) and ctx.segments is None:
+            return self._attend(q, k, v, None, causal=True), {}
+        if isinstance(mask, Full) and ctx.segments is None:
+            return self._attend(q, k, v, None), {}
+        key = ("attention", mask if isinstance(mask, Window) else type(mask))
+        if key not in ctx.shared:
+            ctx.shared[key] = _additive(allowed(mask, x.shape[1], ctx.segments, x.device), q.dtype)
+        return self._attend(q, k, v, ctx.shared[key]), {}
+
+    def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        mask = self._mask(ctx)
+        if not isinstance(mask, Causal | Window):
+            raise ValueError(f"mask={mask!r}: a cached call is causal; use forward for a bidirectional pass")
+        q, kv = self._project(x, ctx)
+        state = state.append(kv, ctx.parent)
+        slots, count = state.slots, x.shape[1]
+        k, v = state.cache[:, :, : slots.end].split(self.kv_heads, 1)
+        window = mask.size if isinstance(mask, Window) else None
+        if slots.base == 0 and slots.parent is None and count == slots.end and window is None:
+            return self._attend(q, k, v, None, causal=True), state
+        key = ("attention", window)
+        if key not in ctx.shared:
+            visible = slots.visible(count, window)
+            ctx.shared[key] = None if visible is None else _additive(visible, q.dtype)
+        return self._attend(q, k, v, ctx.shared[key]), state
+
+    def _mask(self, ctx: Context) -> object:
+        if isinstance(ctx.mask, Causal) and self.config.window is not None:
+            return Window(self.config.window)
+        if type(ctx.mask) not in self.masks:
+            raise ValueError(f"mask={ctx.mask!r}: attention takes {', '.join(sorted(m.__name__ for m in self.masks))}; choose one of them")
+        return ctx.mask
+
+    def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """q [B,H,T,E] and keys beside values [B,2G,T,E], normed and turned by position."""
+        batch, count, _ = x.shape
+        heads = self.qkv(x).view(batch, count, -1, self.head_width).transpose(1, 2)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.position.rotate(q, k, ctx.positions, ctx.positions, ctx.shared)
+        return q, torch.cat([k, v], 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
+        grouped = self.kv_heads != self.heads
+        y = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

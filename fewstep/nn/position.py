@@ -1,0 +1,94 @@
+"""Position encodings behind `core.position.Position`. This file knows no mixer: what to do with the rotated keys is theirs."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fewstep.core.position import NoPosition, Shared
+from fewstep.core.recipe import Config
+
+
+class NoPositionConfig(Config):
+    """No position encoding: order is known from the causal mask alone."""
+
+    kind: ClassVar[str] = "none"
+    source: ClassVar[str] = "Haviv et al. 2022, arXiv 2203.16634"
+
+    def build(self, *, head_width: int) -> NoPosition:
+        return NoPosition()
+
+
+class RopeConfig(Config):
+    """Rotary position embedding; `scaling` stretches the context of a trained model by `factor`."""
+
+    kind: ClassVar[str] = "rope"
+    source: ClassVar[str] = "Su et al. 2021, arXiv 2104.09864"
+
+    base: float = Field(10000.0, gt=0)
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = Field(1.0, ge=1)
+    low_frequency: float = Field(1.0, gt=0)
+    high_frequency: float = Field(4.0, gt=0)
+    trained_length: int = Field(8192, gt=0)
+
+    def build(self, *, head_width: int) -> "Rope":
+        if head_width % 2:
+            raise ValueError(f"head_width={head_width}: rope turns pairs of channels; choose an even width")
+        return Rope(self, head_width)
+
+
+@final
+class Rope(NoPosition):
+    """Rotates channel pairs (i, i + E/2) of queries and keys by position x frequency (the half-split layout of Llama).
+
+    Cost: two fused multiply-adds per channel. Source: arXiv 2104.09864 eq. 34; `linear` scaling arXiv 2306.15595; `llama3`
+    the wavelength ramp of Llama 3.1. Differs: the angles are computed in float32 (float64 inputs: in float64).
+    """
+
+    def __init__(self, config: RopeConfig, head_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_width = head_width
+
+    def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[E/2] radians per position."""
+        config = self.config
+        exponent = torch.arange(0, self.head_width, 2, device=device, dtype=torch.int64).to(dtype) / self.head_width
+        frequency = 1.0 / (config.base**exponent)
+        if config.scaling == "linear":
+            return frequency / config.factor
+        if config.scaling == "llama3":
+            turns = config.trained_length * frequency / (2 * math.pi)  # rotations over the trained context
+            smooth = (turns - config.low_frequency) / (config.high_frequency - config.low_frequency)
+            smooth = smooth.clamp(0, 1)
+            return (1 - smooth) * frequency / config.factor + smooth * frequency
+        return frequency
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B,1,T,E] of `positions` [B,T], the half table repeated; sin carries the sign of the rotation."""
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        angles = positions.to(precision)[:, None, :, None] * self.frequencies(positions.device, precision)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+    def rotate(self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        if k_pos is not q_pos:
+            return turn(q, *self.table(q_pos, q.dtype)), turn(k, *self.table(k_pos, k.dtype))
+        key = ("rope", self.config, self.head_width)
+        if key not in shared:
+            shared[key] = self.table(q_pos, q.dtype)
+        return turn(q, *shared[key]), turn(k, *shared[key])
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B,H,T,E] rotated by a table of `Rope`."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([x[..., half:], x[..., :half]], -1) * sin
+
+
+POSITIONS: Mapping[str, type[Config]] = MappingProxyType({c.kind: c for c in (RopeConfig, NoPositionConfig)})

@@ -1,0 +1,152 @@
+"""Where tokens live in a cache: committed tokens first, then the pending nodes of a tree, per row.
+
+`Slots` is the bookkeeping that every cache of a stack shares; it holds no activations. Row b's committed tokens fill slots
+0 .. lengths[b]-1; the pending nodes of all rows start at one common slot `base` = max(lengths), so that appending is a slice
+and rejecting is free; committing copies the kept nodes down to each row's own end.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from fewstep.core.mixer import ancestors, depths
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Copies within a cache: slot `source` [B,K] to slot `target` [B,K] (repeats of one copy where a row keeps fewer)."""
+
+    source: Tensor
+    target: Tensor
+
+    def apply(self, cache: Tensor) -> None:
+        """In place on `cache` [B,C,S,E] (slots along dimension 2)."""
+        shape = (-1, cache.shape[1], -1, cache.shape[3])
+        kept = cache.gather(2, self.source[:, None, :, None].expand(shape))
+        cache.scatter_(2, self.target[:, None, :, None].expand(shape), kept)
+
+
+@final
+class Slots:
+    """An immutable slot table: `lengths` [B] committed tokens, `pending` nodes from slot `base` on, their `parent` [B,P].
+
+    `parent` None means a chain without padding. Every transition is a pure function; the last result is remembered per
+    argument, so that the layers of a stack, which make the same transition one after another, share one new table.
+    """
+
+    def __init__(self, lengths: Tensor, capacity: int, base: int, uniform: bool, pending: int = 0, parent: Tensor | None = None) -> None:
+        self.lengths, self.capacity, self.base, self.uniform = lengths, capacity, base, uniform
+        self.pending, self.parent = pending, parent
+        self._last: tuple[tuple[Any, ...], Any] | None = None
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, device: torch.device | str) -> "Slots":
+        return cls(torch.zeros(batch, dtype=torch.int64, device=device), capacity, base=0, uniform=True)
+
+    @property
+    def end(self) -> int:
+        """The first slot never used so far."""
+        return self.base + self.pending
+
+    def extend(self, parent: Tensor | None, count: int) -> "Slots":
+        """`count` more pending nodes with `parent` [B,count] (None: a chain). Raises ValueError over capacity."""
+        return self._remember(("extend", parent, count), lambda: self._extend(parent, count))
+
+    def commit(self, path: Tensor, keep: Tensor) -> tuple["Slots", Moves | None]:
+        """The table after keeping `keep[b]` nodes of `path`, and the copies that this takes (None: every node is in place)."""
+        return self._remember(("commit", path, keep), lambda: self._commit(path, keep))
+
+    def rollback(self) -> "Slots":
+        return self._remember(("rollback",), lambda: Slots(self.lengths, self.capacity, self.base, self.uniform))
+
+    def fork(self, rows: Tensor) -> "Slots":
+        return self._remember(("fork", rows), lambda: self._fork(rows))
+
+    def join(self, other: "Slots") -> "Slots":
+        """Both tables one after the other. Raises ValueError while nodes are pending."""
+        return self._remember(("join", other), lambda: self._join(other))
+
+    @cached_property
+    def reach(self) -> Tensor:
+        """[B,P,P] bool: which pending nodes each pending node sees."""
+        if self.parent is None:
+            chain = torch.ones(self.pending, self.pending, dtype=torch.bool, device=self.lengths.device).tril()
+            return chain.expand(self.lengths.shape[0], -1, -1)
+        return ancestors(self.parent)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """[B,P] the sequence index of each pending node: committed length + depth in the tree."""
+        if self.parent is None:
+            return self.lengths[:, None] + torch.arange(self.pending, device=self.lengths.device)
+        return self.lengths[:, None] + depths(self.parent)
+
+    def visible(self, count: int, window: int | None) -> Tensor | None:
+        """[B,1,count,end] bool for the last `count` pending nodes over all slots; None: they see everything."""
+        if self.uniform and self.parent is None and count == 1 and (window is None or self.end <= window):
+            return None
+        device = self.lengths.device
+        slot = torch.arange(self.base, device=device)
+        committed = (slot < self.lengths[:, None])[:, None].expand(-1, count, -1)
+        allowed = torch.cat([committed, self.reach[:, self.pending - count :]], 2)
+        if window is not None:
+            keys = torch.cat([slot.expand(self.lengths.shape[0], -1), self.index], 1)
+            allowed = allowed & (self.index[:, self.pending - count :, None] - keys[:, None] < window)
+        return allowed[:, None]
+
+    def _remember(self, key: tuple[Any, ...], make: Any) -> Any:
+        if self._last is None or not _same(self._last[0], key):
+            self._last = (key, make())
+        return self._last[1]
+
+    def _extend(self, parent: Tensor | None, count: int) -> "Slots":
+        if self.end + count > self.capacity:
+            raise ValueError(
+                f"capacity={self.capacity}: {self.end} slots in use and {count} more asked for; make the state with a larger capacity"
+            )
+        first = torch.arange(self.pending - 1, self.pending + count - 1, device=self.lengths.device)
+        if self.parent is None and (parent is None or bool((parent == first).all())):
+            return Slots(self.lengths, self.capacity, self.base, self.uniform, self.pending + count)
+        batch = self.lengths.shape[0]
+        earlier = torch.arange(-1, self.pending - 1, device=self.lengths.device).expand(batch, -1) if self.parent is None else self.parent
+        parent = first.expand(batch, -1) if parent is None else parent
+        return Slots(self.lengths, self.capacity, self.base, self.uniform, self.pending + count, torch.cat([earlier, parent], 1))
+
+    def _commit(self, path: Tensor, keep: Tensor) -> tuple["Slots", Moves | None]:
+        lengths = self.lengths + keep
+        most, least = int(keep.max()), int(keep.min())
+        uniform = self.uniform and most == least
+        base = self.base + most if uniform else int(lengths.max())
+        order = torch.arange(most, device=path.device)
+        path = path[:, :most]
+        kept = order < keep[:, None]
+        moves = None
+        if not self.uniform or bool(((path != order) & kept).any()):
+            source = self.base + torch.where(kept, path, path[:, :1])
+            target = torch.where(kept, self.lengths[:, None] + order, self.lengths[:, None])
+            nothing = (keep == 0)[:, None]  # such a row copies a slot onto itself
+            moves = Moves(torch.where(nothing, self.base, source), torch.where(nothing, self.base, target))
+        return Slots(lengths, self.capacity, base, uniform), moves if most else None
+
+    def _fork(self, rows: Tensor) -> "Slots":
+        lengths = self.lengths[rows]
+        if self.pending or not len(rows):
+            parent = None if self.parent is None else self.parent[rows]
+            return Slots(lengths, self.capacity, self.base, self.uniform, self.pending, parent)
+        base = int(lengths.max())
+        return Slots(lengths, self.capacity, base, uniform=int(lengths.min()) == base)
+
+    def _join(self, other: "Slots") -> "Slots":
+        if self.pending or other.pending:
+            raise ValueError(f"pending={self.pending}+{other.pending}: states join only when nothing is pending; commit or roll back first")
+        lengths = torch.cat([self.lengths, other.lengths])
+        uniform = self.uniform and other.uniform and self.base == other.base
+        return Slots(lengths, max(self.capacity, other.capacity), max(self.base, other.base), uniform)
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(x is y or (isinstance(x, str | int) and x == y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,102 @@
+"""From a recipe to a trained model: data, model, objective and trainer, put together as the recipe's sections say."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, final
+
+import torch
+from rich.console import Console
+
+from fewstep.core.objective import Batch
+from fewstep.core.recipe import Recipe
+from fewstep.models.decoder import Decoder
+from fewstep.models.model import Model
+from fewstep.recipes import load_recipe
+from fewstep.train.data import Dataset, prepare
+from fewstep.train.plan import Plan
+from fewstep.train.trainer import Summary, Trainer, Validation
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished run: the model, how the run ended, and the folder that holds both."""
+
+    model: Model
+    summary: Summary
+    directory: Path
+
+
+def cache_directory() -> Path:
+    """Where prepared data and compiled kernels are kept: `XDG_CACHE_HOME`/fewstep, or ~/.cache/fewstep."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
+
+
+def train(
+    recipe: Recipe | Path | str,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    directory: Path | str | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> Trained:
+    """Train what `recipe` (a shipped name, a file or a loaded recipe) describes, in the run folder `directory`.
+
+    The folder (default runs/NAME) holds the recipe, the log, the checkpoints and their cost; `resume` goes on from the last
+    checkpoint, bit for bit. Raises ValueError for a bad recipe, empty data, a folder in use or a full disk; Diverged when the
+    loss does.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        raise ValueError("overrides: given beside a loaded recipe; pass the recipe's name or path instead")
+    console = console or Console(stderr=True)
+    directory = Path(directory or Path("runs") / recipe.name)
+    sections = cast(Any, recipe)
+    plan = Plan.of(recipe)
+    dataset = prepare(sections["data"], sections["tokenizer"], _data_directory(recipe), console.print)
+    network = build_network(recipe, dataset, plan.run.seed).to(device)
+    trainer = Trainer(
+        network,
+        sections["objective"].build(),
+        dataset.train(plan.run.batch, plan.run.length, plan.run.seed),
+        plan,
+        directory,
+        validation=Validation(_HeldOut(dataset, plan.run.batch, plan.run.length), dataset.bytes_per_token),
+        extra={"recipe.json": recipe.dump(), **dataset.tokenizer.files()},
+        console=console,
+    )
+    summary = trainer.run(resume)
+    return Trained(Model.load(summary.checkpoint, device), summary, directory)
+
+
+def build_network(recipe: Recipe, dataset: Dataset, seed: int) -> Decoder:
+    """The recipe's model with weights drawn from `seed`. Raises ValueError if the tokenizer has more ids than the model."""
+    config = cast(Any, recipe["model"])
+    if dataset.tokenizer.vocab > config.vocab:
+        raise ValueError(f"model.vocab={config.vocab}: the tokenizer has {dataset.tokenizer.vocab} ids; set model.vocab to at least that")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(Decoder, config.build())
+
+
+@final
+class _HeldOut:
+    """The validation batches of a dataset, iterated anew each time."""
+
+    def __init__(self, dataset: Dataset, batch: int, length: int) -> None:
+        self._dataset, self._batch, self._length = dataset, batch, length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._dataset.validation(self._batch, self._length)
+
+
+def _data_directory(recipe: Recipe) -> Path:
+    """One folder per source, tokenizer and Python version, so that runs of one recipe share their tokens."""
+    content = f"{recipe['data'].model_dump_json()}{recipe['tokenizer'].model_dump_json()}{sys.version}"
+    return cache_directory() / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]

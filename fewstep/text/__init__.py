@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates and stop strings: everything between text and token ids."""

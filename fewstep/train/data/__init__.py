@@ -1,0 +1,29 @@
+"""Training data: sources of documents, tokenizers to train, token shards and packed batches.
+
+`prepare(DATA["stdlib"](), TOKENIZERS["bpe"](), directory)` gives a `Dataset`; its `train(...)` gives batches.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fewstep.train.data.bpe import BPEConfig
+from fewstep.train.data.dataset import Dataset, prepare
+from fewstep.train.data.loader import Loader
+from fewstep.train.data.sources import Corpus, DataConfig, TextConfig
+from fewstep.train.data.stdlib import StdlibConfig
+
+DATA: Mapping[str, type[DataConfig]] = MappingProxyType({config.kind: config for config in (StdlibConfig, TextConfig)})
+TOKENIZERS: Mapping[str, type[BPEConfig]] = MappingProxyType({config.kind: config for config in (BPEConfig,)})
+
+__all__ = [
+    "DATA",
+    "TOKENIZERS",
+    "BPEConfig",
+    "Corpus",
+    "DataConfig",
+    "Dataset",
+    "Loader",
+    "StdlibConfig",
+    "TextConfig",
+    "prepare",
+]

@@ -1,0 +1,113 @@
+"""Greedy decoding: every drafter emits exactly the tokens of plain decoding, in any batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from toys import TableModel
+
+from fewstep.core.event import Cost
+from fewstep.core.mixer import Tree
+from fewstep.core.random import CounterRng
+from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.decode.drafters.ngram import NgramConfig
+from fewstep.decode.drafters.silent import Silent
+from fewstep.decode.laws import Sampling, SamplingConfig
+from fewstep.decode.stream import Settings, stream
+from fewstep.decode.verify import verify
+
+VOCAB = 7
+DRAFTERS = {
+    "ngram-chain": NgramConfig(min_ngram=1, depth=6),
+    "ngram-tree": NgramConfig(min_ngram=1, depth=4, branches=3),
+    "draft-chain": DraftModelConfig(path="toy", branching=(1, 1, 1, 1)),
+    "draft-tree": DraftModelConfig(path="toy", branching=(3, 2, 1)),
+    "draft-tree-chosen": DraftModelConfig(path="toy", branching=(2, 2, 2), mode="chosen"),
+}
+GREEDY = SamplingConfig()
+PENALISED = SamplingConfig(repetition_penalty=1.7)
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def tokens_of(
+    target: Any, drafter: Any, texts: list[list[int]], configs: list[SamplingConfig], **settings: Any
+) -> tuple[list[list[int]], Cost]:
+    """What each row emits, and the cost."""
+    law, rng = Sampling.of(configs, target.vocab), CounterRng.seeded(range(len(texts)))
+    out: list[list[int]] = [[] for _ in texts]
+    cost = Cost()
+    for event in stream(target, drafter, texts, law, rng, Settings(**settings)):
+        step, cost = event.payload, event.cost
+        for row, tokens, count in zip(step.rows.tolist(), step.tokens.tolist(), step.count.tolist(), strict=True):
+            out[row] += tokens[:count]
+    return out, cost
+
+
+def plain(target: TableModel, prompt: list[int], config: SamplingConfig, length: int) -> list[int]:
+    """Greedy decoding by plain lookup."""
+    text = list(prompt)
+    for _ in range(length):
+        scores = target.after(text)
+        for token in set(text):
+            scores[token] *= config.repetition_penalty if scores[token] < 0 else 1 / config.repetition_penalty
+        text.append(scores.index(max(scores)))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("config", [GREEDY, PENALISED], ids=["greedy", "penalised"])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_drafter_emits_the_tokens_of_plain_decoding(name: str, config: SamplingConfig, seed: int) -> None:
+    target = TableModel(VOCAB, seed)
+    drafter = DRAFTERS[name].build(target, lambda path: TableModel(VOCAB, seed + 1, like=target, near=0.8))
+    texts = prompts(24, seed)
+    truth = [plain(target, text, config, 40) for text in texts]
+    together, cost = tokens_of(target, drafter, texts, [config] * 24, max_new_tokens=40)
+    assert together == truth
+    assert cost.tokens_per_call > 1.05  # something was accepted, else nothing was tested
+    assert [tokens_of(target, drafter, [text], [config], max_new_tokens=40)[0][0] for text in texts[:4]] == truth[:4]
+
+
+def test_plain_decoding_is_the_silent_drafter(seed: int) -> None:
+    target = TableModel(VOCAB, seed)
+    texts = prompts(8, seed)
+    out, cost = tokens_of(target, Silent(), texts, [GREEDY] * 8, max_new_tokens=20)
+    assert out == [plain(target, text, GREEDY, 20) for text in texts]
+    assert (cost.calls, cost.prefill_calls, cost.tokens, cost.draft_calls) == (8 * 19, 8, 8 * 20, 0)
+    assert cost.tokens_per_call == 1.0
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_requests_of_all_kinds_share_a_batch(name: str, seed: int) -> None:
+    target = TableModel(VOCAB, seed)
+    drafter = DRAFTERS[name].build(target, lambda path: TableModel(VOCAB, seed + 1, like=target, near=0.8))
+    configs = [
+        GREEDY,
+        SamplingConfig(temperature=1.2),
+        PENALISED,
+        SamplingConfig(temperature=0.8, top_p=0.7, repetition_penalty=1.2),
+    ] * 2
+    texts, limits = prompts(8, seed), [3, 17, 9, 30, 1, 2, 25, 12]
+    together, _ = tokens_of(target, drafter, texts, configs, max_new_tokens=limits)
+    assert [len(row) for row in together] == limits
+    for i in (0, 2, 4, 6):
+        assert together[i] == plain(target, texts[i], configs[i], limits[i])
+    for i, (text, config, limit) in enumerate(zip(texts, configs, limits, strict=True)):
+        law, rng = config.build(1, VOCAB), CounterRng.seeded([i])
+        steps = [event.payload for event in stream(target, drafter, [text], law, rng, Settings(max_new_tokens=limit))]
+        alone = [token for step in steps for token in step.tokens[0, : int(step.count)].tolist()]
+        assert alone == together[i]
+
+
+def test_greedy_verification_follows_the_first_child_that_agrees(seed: int) -> None:
+    tokens = torch.tensor([[9, 4, 5, 5, 6, 7, 0], [9, 1, 2, 3, 0, 0, 0]])
+    parent = torch.tensor([[-1, 0, 0, 0, 2, 3, -2], [-1, 0, 0, 0, -2, -2, -2]])
+    p = torch.tensor([[5, 0, 6, 7, 8, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
+    verdict = verify(Tree(tokens, parent), p, CounterRng.seeded([seed, seed]))
+    assert verdict.keep.tolist() == [3, 1]
+    assert verdict.path[0, :3].tolist() == [0, 2, 4]
+    assert verdict.next.tolist() == [8, 0]  # row 1: the padding's token 0 agrees and is not accepted
