@@ -69,7 +69,7 @@ class Drafter(Protocol[S]):
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> S:
         """The state after the prompt: a ragged chain (padding -2) with the tapped activations [B,T,...] at its nodes.
 
-        `capacity`: the tokens a row may come to hold, prompt and pending nodes included.
+        `capacity`: the tokens a row may come to hold, with room for two trees: the one verified last and the one being drafted.
         """
         ...
 

@@ -129,7 +129,7 @@ class Doubled:
 @final
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Full inside the first `length` [B] tokens of a row, causal after them."""
+    """Full inside the first `length` [B] tokens of a sequence, causal after them."""
 
     length: Tensor
 
@@ -168,7 +168,10 @@ Aux = Mapping[str, Tensor]  # losses and counts of a layer, by name: returned, n
 
 
 class State(Rows, Protocol):
-    """What a mixer keeps between calls. Linear: extend, commit, rollback and join consume it; only fork copies."""
+    """What a mixer keeps between calls. Linear: extend, commit, rollback and join consume it; only fork copies.
+
+    States join only when neither has pending nodes (ValueError otherwise).
+    """
 
     def commit(self, path: Tensor, keep: Tensor) -> Self:
         """Keep the first `keep[b]` pending nodes of `path` [B,N] (in that order) as committed tokens, drop the rest."""
@@ -194,5 +197,8 @@ class Mixer(Protocol):
         ...
 
     def extend(self, x: Tensor, ctx: Context, state: State) -> tuple[Tensor, State]:
-        """T >= 1 new pending nodes, a chain or a tree. Raises ValueError over capacity, before any write. Out of place when grad is on."""
+        """T >= 1 new pending nodes, a chain or a tree; out of place when grad is on.
+
+        Raises ValueError over capacity, before any write.
+        """
         ...

@@ -13,7 +13,7 @@ from fewstep.core.mixer import Aux, Mask, State, Tree
 @final
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One evaluation: `logits` [B,K,V] at the nodes asked for (None when none were), tapped activations by name, the new state."""
+    """One evaluation: `logits` [B,K,V] at the nodes asked for (None: none were), tapped activations by name, the new state."""
 
     logits: Tensor | None
     hidden: Mapping[str, Tensor]
@@ -32,7 +32,9 @@ class Target(Protocol):
     width: int
     depth: int
     max_positions: int | None
-    heads: Mapping[str, nn.Module]
+
+    @property
+    def heads(self) -> Mapping[str, nn.Module]: ...
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B,N] -> [B,N,D]."""

@@ -22,7 +22,7 @@ class Batch:
 @final
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`value` scalar, the mean over `units` (tokens, pixels) scored; `metrics` detached scalars by name, means over the same units."""
+    """`value` scalar, a sum divided by the `units` (tokens, pixels) scored; `metrics` detached scalars by name."""
 
     value: Tensor
     units: int

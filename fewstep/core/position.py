@@ -12,7 +12,7 @@ Shared = dict[Any, Any]
 
 
 class Position(Protocol):
-    """B rows, T tokens, D width, H heads, Q queries, K keys, E head width. Positions are int64 [B,T] or [B,T,P] (several axes)."""
+    """B rows, T tokens, D width, H heads, Q queries, K keys, E head width. Positions are int64 [B,T] or [B,T,P] (P axes)."""
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D], before the first layer."""

@@ -34,7 +34,7 @@ class Config(BaseModel):
     `fewstep reproduce` can measure. A config serialises with its `kind`, so that it can be read back through a registry.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     kind: ClassVar[str] = ""
     source: ClassVar[str] = ""
@@ -45,6 +45,8 @@ class Config(BaseModel):
     def _suggest(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        if values.get("kind", cls.kind) != cls.kind:
+            raise ValueError(f"kind={values['kind']!r}: this is {cls.kind!r}; leave it out or correct it")
         values = {key: value for key, value in values.items() if key != "kind"}
         unknown = [key for key in values if key not in cls.model_fields]
         if unknown:
@@ -99,6 +101,11 @@ def _one_line(first: ErrorDetails, field: str) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and not first["loc"]:
         return f"{place}.{message}" if place else message
+    name = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "")
+    if first["type"] == "value_error" and message.startswith(
+        (f"{name}.", f"{name}=")
+    ):  # from a config within, which named its field
+        return place + message.removeprefix(name)
     if first["type"] == "missing":
         return f"{place}: missing; give it a value"
     return f"{place}={first['input']!r}: {message[0].lower()}{message[1:]}"
@@ -133,9 +140,7 @@ class Recipe(BaseModel):
         return cls.from_values(name, values, registries=registries)
 
     @classmethod
-    def from_values(
-        cls, name: str, values: Mapping[str, Any], *, registries: Mapping[str, Mapping[str, type[Config]]]
-    ) -> Self:
+    def from_values(cls, name: str, values: Mapping[str, Any], *, registries: Mapping[str, Mapping[str, type[Config]]]) -> Self:
         """The recipe of nested plain `values` (as read from a file). Raises ValueError as `load` does."""
         for section in values:
             lookup(registries, section, "section")
@@ -152,19 +157,23 @@ class Recipe(BaseModel):
 
     def dump(self) -> str:
         """The recipe as JSON text that `load` reads back to an equal recipe."""
-        return json.dumps({"name": self.name, **{key: value.model_dump(mode="json") for key, value in self.sections.items()}}, indent=2)
+        return json.dumps(
+            {"name": self.name, **{key: value.model_dump(mode="json") for key, value in self.sections.items()}}, indent=2
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"recipe={str(path)!r}: no such file; give the path of a .toml or .json recipe")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ValueError(f"recipe={str(path)!r}: not valid {path.suffix[1:] or 'TOML'} ({error}); correct that line") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"recipe={str(path)!r}: not valid {path.suffix[1:] or 'TOML'} ({error}); correct the file") from None
     if not isinstance(values, dict):
-        raise ValueError(f"recipe={str(path)!r}: expected a table of sections, got {type(values).__name__}; see the shipped recipes")
+        raise ValueError(
+            f"recipe={str(path)!r}: expected a table of sections, got {type(values).__name__}; see the shipped recipes"
+        )
     return values
 
 

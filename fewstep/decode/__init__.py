@@ -1,1 +1,1 @@
-"""Decoding: one loop for every model and drafter, the laws it samples from, and the proof that drafting changes nothing."""
+"""Decoding: one loop for every model and drafter, and the laws it samples from."""

@@ -50,8 +50,9 @@ class Step:
 
     `rows` [R]: the request of each entry. `tokens` [R,W]: the first `count[r]` >= 1 were emitted, the others mean nothing; the
     first `drafted[r]` of them were drafted and accepted, the rest computed. `nodes` [R]: tree nodes evaluated, root included, 0
-    where the token came with the prompt. `finish` [R]: a `Finish` each. `draft_calls`: evaluations of a draft network per row.
-    `logits` [R,W,V]: what each token was drawn from, before the law, if kept.
+    where the token came with the prompt. `finish` [R]: a `Finish` each. `calls`, `draft_calls`: evaluations per row, of the
+    target (0 where the token came with the prompt) and of a draft network. `logits` [R,W,V]: what each token was drawn from,
+    before the law, if kept.
     """
 
     rows: Tensor
@@ -60,6 +61,7 @@ class Step:
     drafted: Tensor
     nodes: Tensor
     finish: Tensor
+    calls: int
     draft_calls: int
     logits: Tensor | None
 
@@ -103,8 +105,8 @@ def stream(
         batch.drafts = drafter.observe(tree, verdict, output.hidden, batch.drafts)
         rows = len(step.rows)
         cost = Cost(
-            calls=cost.calls + rows * (1 + lease.calls),
-            draft_calls=cost.draft_calls + rows * lease.draft_calls,
+            calls=cost.calls + rows * step.calls,
+            draft_calls=cost.draft_calls + rows * step.draft_calls,
             prefill_calls=cost.prefill_calls,
             tokens=cost.tokens + int(step.count.sum()),
             seconds=time.perf_counter() - start,
@@ -188,11 +190,14 @@ def _checked(target: Target, prompts: Sequence[Sequence[int]], settings: Setting
         raise ValueError(f"budget={settings.budget}: below 1; a tree holds at least its root")
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not len(prompt):
-            raise ValueError(f"prompts[{i}]: empty; give at least one token, e.g. the tokenizer's begin-of-text token")
+            raise ValueError(f"prompts[{i}]=[]: empty; give at least one token, e.g. the tokenizer's begin-of-text token")
         if limit < 1:
             raise ValueError(f"max_new_tokens={limit}: below 1 (prompt {i}); ask for at least one token")
-        if min(prompt) < 0 or max(prompt) >= target.vocab:
-            raise ValueError(f"prompts[{i}]: a token outside 0..{target.vocab - 1}; encode the text with this model's tokenizer")
+        unknown = [token for token in (min(prompt), max(prompt)) if not 0 <= token < target.vocab]
+        if unknown:
+            raise ValueError(
+                f"prompts[{i}]: token {unknown[0]} is outside 0..{target.vocab - 1}; encode the text with this model's tokenizer"
+            )
         if target.max_positions is not None and len(prompt) + limit > target.max_positions:
             raise ValueError(
                 f"prompts[{i}]: {len(prompt)} tokens and max_new_tokens={limit} exceed the context of {target.max_positions}; "
@@ -215,9 +220,10 @@ def _begin(
     prompts = [tuple(prompt) for prompt in prompts]
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     chain = prompt_chain(list(place), device)
-    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) + settings.budget
-    first = prefill(target, chain, target.init_state(chain.batch, capacity, device=device, dtype=dtype), drafter.taps)
-    state, logits, drafts = first.state, first.logits, drafter.init(chain, first.hidden, capacity)
+    length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    empty = target.init_state(chain.batch, length + settings.budget, device=device, dtype=dtype)
+    first = prefill(target, chain, empty, drafter.taps)
+    state, logits, drafts = first.state, first.logits, drafter.init(chain, first.hidden, length + 2 * settings.budget)
     if len(place) < len(prompts):
         source = torch.tensor([place[prompt] for prompt in prompts], device=device)
         state, logits, drafts = state.fork(source), logits[source], drafts.fork(source)
@@ -257,7 +263,7 @@ def _decide(
         kept = logits.gather(1, verdict.path[:, : tokens.shape[1]].unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
     drafted = torch.minimum(verdict.keep - 1, count)
     if lease is None:
-        step = Step(batch.rows, tokens, count, drafted, torch.zeros_like(nodes), finish, 0, kept)
+        step = Step(batch.rows, tokens, count, drafted, torch.zeros_like(nodes), finish, 0, 0, kept)
     else:
-        step = Step(batch.rows, tokens, count, drafted, nodes, finish, lease.draft_calls, kept)
+        step = Step(batch.rows, tokens, count, drafted, nodes, finish, 1 + lease.calls, lease.draft_calls, kept)
     return (step if review is None else review(step)), verdict

@@ -14,11 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.core.mixer import Aux, Causal, Context, Mask, Tree
+from fewstep.core.mixer import Aux, Causal, Context, Mask, State, Tree
 from fewstep.core.model import Output
-from fewstep.core.recipe import Config, choice
+from fewstep.core.recipe import choice
 from fewstep.nn.blocks import Block, BlockConfig, norm
 from fewstep.nn.heads import HEADS
+from fewstep.nn.masks import places
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig, AttentionState
 from fewstep.nn.position import POSITIONS, RopeConfig
@@ -32,21 +33,25 @@ class DecoderConfig(BlockConfig):
     kind: ClassVar[str] = "decoder"
     source: ClassVar[str] = "Touvron et al. 2023, arXiv 2302.13971 (pre-norm, SwiGLU, RoPE)"
 
-    vocab: int = Field(2048, ge=2)
-    width: int = Field(256, ge=1)
-    depth: int = Field(8, ge=1)
-    query_heads: int = Field(4, ge=1)
+    vocab: int = Field(default=2048, ge=2)
+    width: int = Field(default=256, ge=1)
+    depth: int = Field(default=8, ge=1)
+    query_heads: int = Field(default=4, ge=1)
     mixers: tuple[choice(lambda: MIXERS, "mixers"), ...] = (AttentionConfig(),)  # type: ignore[valid-type]
     position: choice(lambda: POSITIONS, "position") = RopeConfig()  # type: ignore[valid-type]
     heads: tuple[choice(lambda: HEADS, "heads"), ...] = ()  # type: ignore[valid-type]
     tied: bool = True
-    max_positions: int | None = Field(2048, ge=1)
-    init_std: float = Field(0.02, gt=0)
+    max_positions: int | None = Field(default=2048, ge=1)
+    init_std: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
-    def _has_mixers(self) -> "DecoderConfig":
+    def _is_whole(self) -> "DecoderConfig":
         if not self.mixers:
             raise ValueError("mixers=(): empty; name at least one mixer, e.g. ['attention']")
+        drafters = [head.drafter for head in self.heads]
+        twice = next((name for name in drafters if drafters.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"heads={[head.kind for head in self.heads]}: two serve the drafter {twice!r}; keep one of them")
         return self
 
     def build(self) -> "Decoder":
@@ -88,7 +93,7 @@ class Decoder(nn.Module):
             head.drafter: head.build(
                 width=config.width, trunk_depth=config.depth, eps=config.eps, make_block=lambda: self._block(config.depth - 1)
             )
-            for head in cast(tuple[Any, ...], config.heads)
+            for head in config.heads
         }
         self.extra = nn.ModuleDict(made)
         self._initialise()
@@ -117,7 +122,8 @@ class Decoder(nn.Module):
         taps: tuple[str, ...] = (),
     ) -> Encoded:
         """The parallel form over tokens [B,T]; positions restart with each segment unless given."""
-        positions = sequence_positions(tokens, segments) if positions is None else positions
+        if positions is None:
+            positions = places(torch.zeros_like(tokens) if segments is None else segments)
         ctx = Context(positions, segments=segments, mask=mask or Causal())
         x = self.position.embed(self.embed(tokens), positions)
         hidden = {"embed": x} if "embed" in taps else {}
@@ -146,13 +152,16 @@ class Decoder(nn.Module):
         layers = range(self.depth) if layers is None else layers
         stack = cast(StackState, state)
         slots = stack.slots.extend(tree.parent, tree.size)
+        index = slots.index[:, -tree.size :]
         if self.max_positions is not None and slots.end > self.max_positions:
-            raise ValueError(f"max_positions={self.max_positions}: {slots.end} positions asked for; shorten the prompt or the tree")
-        positions = slots.index[:, -tree.size :] if positions is None else positions
+            longest = int(index.where(tree.valid, -1).max()) + 1  # slots also count padding
+            if longest > self.max_positions:
+                raise ValueError(f"max_positions={self.max_positions}: {longest} asked for; shorten the prompt or the tree")
+        positions = index if positions is None else positions
         ctx = Context(positions, parent=tree.parent, mask=mask or Causal())
         x = self.position.embed(self.embed(tree.tokens) if inputs is None else inputs, positions)
         hidden = {"embed": x} if "embed" in taps else {}
-        new = []
+        new: list[State] = []
         for i, (block, layer) in enumerate(zip(self.blocks, stack.layers, strict=True)):
             if i not in layers:
                 new.append(cast(AttentionState, layer).skip(tree.parent, tree.size))
@@ -174,7 +183,7 @@ class Decoder(nn.Module):
         return Output(logits, self._checked(hidden, taps), StackState(new, slots))
 
     def _block(self, layer: int) -> Block:
-        mixers = cast(tuple[Any, ...], self.config.mixers)
+        mixers = self.config.mixers
         mixer = mixers[layer % len(mixers)].build(width=self.width, heads=self.config.query_heads, position=self.position)
         return Block(self.config, self.width, mixer)
 
@@ -195,13 +204,3 @@ class Decoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
-
-
-def sequence_positions(tokens: Tensor, segments: Tensor | None) -> Tensor:
-    """[B,T] positions from 0, restarting where `segments` [B,T] change."""
-    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    if segments is None:
-        return index
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(1).values

@@ -1,10 +1,11 @@
-"""A model as users hold it: network, tokenizer and the recipe that made it, in one directory.
+"""A model as users hold it: network, tokenizer, chat template and the recipe that made it, in one directory.
 
-A directory holds `recipe.json`, `weights.safetensors` and `tokenizer.json`. This file knows the formats of no other library.
+A directory holds `recipe.json`, `weights.safetensors`, `tokenizer.json` and the tokenizer's settings. This file knows the
+families of no other library.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, final
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from fewstep.core.recipe import Config, resolve
 from fewstep.models.decoder import Decoder, DecoderConfig
-from fewstep.models.weights import load_into, read_json, shards, state_of, tensors, write
+from fewstep.models.weights import check, distinct, fill, floating, headers, read_json, shards, write
+from fewstep.text.chat import ChatTemplate
 from fewstep.text.tokenizer import Tokenizer
 
 MODELS: Mapping[str, type[Config]] = MappingProxyType({DecoderConfig.kind: DecoderConfig})
@@ -24,27 +26,74 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"
+
+
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
     """The torch dtype of `name`. Raises ValueError for one that weights cannot have."""
     if isinstance(name, torch.dtype):
         return name
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r}: not known; choose one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={name!r}: not known; choose one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def settings_of(directory: Path) -> dict[str, str]:
+    """The text files beside a tokenizer that say how to use it (special tokens, chat templates, generation), by relative name."""
+    paths = [*(directory / name for name in SETTINGS), *sorted((directory / TEMPLATES).glob("*.jinja"))]
+    return {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+
+
+def assemble(
+    config: DecoderConfig,
+    files: Sequence[Path],
+    *,
+    device: torch.device | str,
+    dtype: str | torch.dtype,
+    named: Callable[[Decoder], Mapping[str, Tensor]] = lambda network: network.state_dict(keep_vars=True),
+) -> Decoder:
+    """The decoder of `config` with the weights in `files`; `named` gives its tensors (or views of them) by their stored names.
+
+    `dtype`: "auto" takes that of the files. Cost: the model and the pages of one file. Raises ValueError for a damaged file or
+    weights that do not fit, before the memory is taken.
+    """
+    source, stored = str(files[0].parent), headers(files)
+    with torch.device("meta"):
+        network = config.build()
+    check(named(network), stored, source)
+    network = network.to(floating(stored) if dtype == "auto" else dtype_of(dtype)).to_empty(device=device)
+    if config.tied:
+        network.head.weight = network.embedding.weight  # to_empty made two tensors of the one
+    fill(named(network), stored)
+    return network
 
 
 @final
 class Model:
-    """`network` with its `tokenizer` (None: token ids only) and `recipe` (plain values by section; {} when unknown)."""
+    """`network` with its `tokenizer` (None: token ids only), `chat` template and `recipe` (plain values by section).
 
-    def __init__(self, network: Decoder, tokenizer: Tokenizer | None, recipe: Mapping[str, Any] | None = None) -> None:
-        if tokenizer is not None and tokenizer.vocab > network.vocab:
-            raise ValueError(
-                f"tokenizer vocab={tokenizer.vocab}: larger than the model's vocab={network.vocab}; use the tokenizer it was trained with"
-            )
+    `settings`: text files by name, from wherever the model came, that stay with it as they are. `eos_ids`: the tokens that end a
+    text, those of `recipe["generation"]["eos_ids"]`, else the tokenizer's one. Raises ValueError for a tokenizer with more ids
+    than the network.
+    """
+
+    def __init__(
+        self,
+        network: Decoder,
+        tokenizer: Tokenizer | None,
+        recipe: Mapping[str, Any] | None = None,
+        *,
+        chat: ChatTemplate | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        suited(tokenizer, network.vocab)
         self.network = network.eval()
         self.tokenizer = tokenizer
         self.recipe: dict[str, Any] = {**(recipe or {}), "model": network.config.model_dump(mode="json")}
+        self.eos_ids = _eos_ids(self.recipe, tokenizer)
+        self.chat = chat
+        self.settings = dict(settings or {})
 
     @property
     def device(self) -> torch.device:
@@ -67,20 +116,47 @@ class Model:
         if "model" not in recipe:
             raise ValueError(f"{directory / 'recipe.json'}: no section 'model'; this is not a model's recipe")
         config = cast(DecoderConfig, resolve(recipe["model"], MODELS, "model"))
-        with torch.device("meta"):
-            network = config.build()
-        network = network.to_empty(device=device).to(dtype_of(dtype))
-        if config.tied:
-            network.head.weight = network.embedding.weight  # to_empty made two tensors of the one
-        load_into(network, dict(tensors(shards(directory))), str(directory))
-        path = directory / "tokenizer.json"
-        return cls(network, Tokenizer.load(path) if path.is_file() else None, recipe)
+        tokenizer = read_tokenizer(directory, config.vocab)
+        network = assemble(config, shards(directory), device=device, dtype=dtype)
+        return cls(network, tokenizer, recipe, chat=ChatTemplate.load(directory), settings=settings_of(directory))
 
     def save(self, directory: Path | str, dtype: str | torch.dtype | None = None) -> None:
-        """Write the model directory, its weights as `dtype` (None: as they are)."""
+        """Write the model directory, its weights as `dtype` (None: as they are). Raises ValueError when the disk refuses."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write(directory / "weights.safetensors", state_of(self.network, None if dtype is None else dtype_of(dtype)))
-        (directory / "recipe.json").write_text(json.dumps(self.recipe, indent=2), encoding="utf-8")
-        if self.tokenizer is not None:
-            self.tokenizer.save(directory)
+        weights = distinct(self.network.state_dict(keep_vars=True))
+        write(directory / "weights.safetensors", weights, None if dtype is None else dtype_of(dtype))
+        for name, text in {**self.texts(), "recipe.json": json.dumps(self.recipe, indent=2)}.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text(text, encoding="utf-8")
+
+    def texts(self) -> dict[str, str]:
+        """The tokenizer's file and the settings beside it, by name."""
+        return {**({} if self.tokenizer is None else self.tokenizer.files()), **self.settings}
+
+
+def suited(tokenizer: Tokenizer | None, vocab: int) -> None:
+    """Raises ValueError if `tokenizer` has ids that a model of `vocab` tokens lacks."""
+    if tokenizer is not None and tokenizer.vocab > vocab:
+        raise ValueError(
+            f"tokenizer vocab={tokenizer.vocab}: larger than the model's vocab={vocab}; use the tokenizer it was trained with"
+        )
+
+
+def read_tokenizer(directory: Path, vocab: int) -> Tokenizer | None:
+    """The tokenizer in `directory` for a model of `vocab` tokens, None if there is none. Raises ValueError for one that does not fit."""
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    tokenizer = Tokenizer.load(directory)
+    suited(tokenizer, vocab)
+    return tokenizer
+
+
+def _eos_ids(recipe: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    match recipe.get("generation"):
+        case {"eos_ids": [*ids]} if all(isinstance(token, int) for token in ids):
+            return tuple(ids)
+        case None:
+            return () if tokenizer is None or tokenizer.eos is None else (tokenizer.eos,)
+        case other:
+            raise ValueError(f"recipe.generation={other!r}: expected a table with eos_ids, a list of token ids; correct it")

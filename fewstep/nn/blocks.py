@@ -3,6 +3,7 @@
 from typing import Any, Literal, final
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
@@ -40,9 +41,9 @@ class BlockConfig(Config):
     """What every block of a model shares. `hidden` is the inner width of the MLP."""
 
     norm: Norm = "rms"
-    eps: float = 1e-6
+    eps: float = Field(default=1e-6, gt=0)
     activation: Activation = "swiglu"
-    hidden: int = 688
+    hidden: int = Field(default=688, ge=1)
     mlp_bias: bool = False
 
 

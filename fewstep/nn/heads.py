@@ -26,7 +26,7 @@ class SequentialHeadsConfig(Config):
     source: ClassVar[str] = "DeepSeek-AI 2024, DeepSeek-V3, arXiv 2412.19437, section 2.2"
     drafter: ClassVar[str] = "mtp"
 
-    depth: int = Field(3, ge=1)
+    depth: int = Field(default=3, ge=1)
 
     def build(self, *, width: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "SequentialHeads":
         return SequentialHeads(self.depth, width, eps, make_block)
@@ -39,11 +39,13 @@ class ParallelHeadsConfig(Config):
     source: ClassVar[str] = "Gloeckle et al. 2024, arXiv 2404.19737"
     drafter: ClassVar[str] = "mtp"
 
-    depth: int = Field(3, ge=1)
+    depth: int = Field(default=3, ge=1)
 
     def build(self, *, width: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "ParallelHeads":
         if trunk_depth < 2:
-            raise ValueError(f"depth={trunk_depth}: parallel heads stand beside the trunk's last block; give the trunk at least 2")
+            raise ValueError(
+                f"depth={trunk_depth}: parallel heads stand beside the trunk's last block; give the trunk at least 2"
+            )
         return ParallelHeads(self.depth, width, eps, trunk_depth, make_block)
 
 
@@ -51,7 +53,7 @@ class ParallelHeadsConfig(Config):
 class SequentialModule(nn.Module):
     """h'_i = Block(P [RMS(h_i); RMS(Emb(t_{i+k}))]): one prediction depth.
 
-    Source: arXiv 2412.19437 eq. 21-23. Differs: the projected concatenation is [embedding; hidden], the order of the released checkpoints.
+    Source: arXiv 2412.19437 eq. 21-23. Differs: what is projected is [embedding; hidden], as in the released checkpoints.
     """
 
     def __init__(self, width: int, eps: float, block: Block) -> None:
@@ -137,7 +139,7 @@ class ParallelHeads(nn.Module):
 
 
 def _cut(ctx: Context, count: int, k: int) -> Context:
-    """The context of the first `count` positions for depth k; a position whose token i+k is of another segment becomes padding."""
+    """The context of the first `count` positions for depth k; one whose token i+k is of another segment becomes padding."""
     segments = ctx.segments
     if segments is not None:
         segments = torch.where(segments[:, :count] == segments[:, k:], segments[:, :count], -1)

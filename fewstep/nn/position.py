@@ -29,12 +29,12 @@ class RopeConfig(Config):
     kind: ClassVar[str] = "rope"
     source: ClassVar[str] = "Su et al. 2021, arXiv 2104.09864"
 
-    base: float = Field(10000.0, gt=0)
+    base: float = Field(default=10000.0, gt=0)
     scaling: Literal["none", "linear", "llama3"] = "none"
-    factor: float = Field(1.0, ge=1)
-    low_frequency: float = Field(1.0, gt=0)
-    high_frequency: float = Field(4.0, gt=0)
-    trained_length: int = Field(8192, gt=0)
+    factor: float = Field(default=1.0, ge=1)
+    low_frequency: float = Field(default=1.0, gt=0)
+    high_frequency: float = Field(default=4.0, gt=0)
+    trained_length: int = Field(default=8192, gt=0)
 
     def build(self, *, head_width: int) -> "Rope":
         if head_width % 2:

@@ -38,7 +38,9 @@ class Slots:
     argument, so that the layers of a stack, which make the same transition one after another, share one new table.
     """
 
-    def __init__(self, lengths: Tensor, capacity: int, base: int, uniform: bool, pending: int = 0, parent: Tensor | None = None) -> None:
+    def __init__(
+        self, lengths: Tensor, capacity: int, base: int, uniform: bool, pending: int = 0, parent: Tensor | None = None
+    ) -> None:
         self.lengths, self.capacity, self.base, self.uniform = lengths, capacity, base, uniform
         self.pending, self.parent = pending, parent
         self._last: tuple[tuple[Any, ...], Any] | None = None
@@ -106,13 +108,17 @@ class Slots:
     def _extend(self, parent: Tensor | None, count: int) -> "Slots":
         if self.end + count > self.capacity:
             raise ValueError(
-                f"capacity={self.capacity}: {self.end} slots in use and {count} more asked for; make the state with a larger capacity"
+                f"capacity={self.capacity}: {self.end} slots in use, {count} more asked for; make a state of larger capacity"
             )
         first = torch.arange(self.pending - 1, self.pending + count - 1, device=self.lengths.device)
         if self.parent is None and (parent is None or bool((parent == first).all())):
             return Slots(self.lengths, self.capacity, self.base, self.uniform, self.pending + count)
         batch = self.lengths.shape[0]
-        earlier = torch.arange(-1, self.pending - 1, device=self.lengths.device).expand(batch, -1) if self.parent is None else self.parent
+        earlier = (
+            torch.arange(-1, self.pending - 1, device=self.lengths.device).expand(batch, -1)
+            if self.parent is None
+            else self.parent
+        )
         parent = first.expand(batch, -1) if parent is None else parent
         return Slots(self.lengths, self.capacity, self.base, self.uniform, self.pending + count, torch.cat([earlier, parent], 1))
 
@@ -142,7 +148,9 @@ class Slots:
 
     def _join(self, other: "Slots") -> "Slots":
         if self.pending or other.pending:
-            raise ValueError(f"pending={self.pending}+{other.pending}: states join only when nothing is pending; commit or roll back first")
+            raise ValueError(
+                f"pending={self.pending}+{other.pending}: states join only when nothing is pending; commit or roll back first"
+            )
         lengths = torch.cat([self.lengths, other.lengths])
         uniform = self.uniform and other.uniform and self.base == other.base
         return Slots(lengths, max(self.capacity, other.capacity), max(self.base, other.base), uniform)

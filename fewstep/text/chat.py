@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, final
 
 from jinja2 import nodes
-from jinja2.defaults import DEFAULT_FILTERS as FILTERS
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -30,6 +29,7 @@ MAX_POWER = 64
 MAX_OUTPUT = 1 << 24
 """The longest text (or list) a template may make, in characters (or entries)."""
 
+_WIDTH_FILTERS = ("batch", "center", "indent", "slice", "tojson", "wordwrap")
 _WIDE = re.compile(r"\d{6,}|%[^a-zA-Z%]*\*|\{[^{}]*\{")  # a width of six digits, or one that is computed
 
 
@@ -37,9 +37,9 @@ _WIDE = re.compile(r"\d{6,}|%[^a-zA-Z%]*\*|\{[^{}]*\{")  # a width of six digits
 class ChatTemplate:
     """A model's chat templates by name, compiled in a sandbox, with the special tokens they may name (`bos_token`, ...).
 
-    A template reaches no attribute that begins with an underscore, changes no list or dict, and makes no number, text or list
-    beyond this file's limits. It can still take time that grows fast with the messages: give templates you do not trust a
-    process of their own.
+    A template reaches no attribute that begins with an underscore, changes no list or dict, and no range, repetition, sum,
+    power, width or output of it passes this file's limits. Joins and replacements can still grow fast: give templates you do
+    not trust a process of their own.
     Raises ValueError for a template that does not compile.
     """
 
@@ -116,8 +116,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters["tojson"] = _tojson
-        for name in ("batch", "center", "format", "indent", "slice", "tojson", "wordwrap"):
-            self.filters[name] = _guarded(self.filters[name])
+        for name in _WIDTH_FILTERS:
+            self.filters[name] = _guarded(self.filters[name], lambda arguments: _narrow(arguments[1:]))
+        self.filters["format"] = _guarded(self.filters["format"], _narrow_format)
         self.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _dict, "namespace": _Namespace}
         del self.globals["lipsum"]  # text of any length from one number
 
@@ -125,7 +126,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "**":
             _bounded(max(abs(left), abs(right)), MAX_POWER)
         elif operator == "%" and isinstance(left, str):
-            _narrow(left)
+            _narrow_format((left,))
         elif operator == "*":
             _bounded(_length(left, count=right) + _length(right, count=left), MAX_OUTPUT)
         elif operator == "+":
@@ -137,8 +138,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # a sandboxed `str.format` wraps the method
         if isinstance(owner := getattr(method, "__self__", None), str):
             if method.__name__ in ("format", "format_map"):
-                _narrow(owner)
-            _guard(args)
+                _narrow_format((owner,))
+            else:
+                _narrow(args)
         return super().call(__context, __obj, *args, **kwargs)
 
 
@@ -168,27 +170,24 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
+def _guarded(function: Callable[..., Any], check: Callable[[Sequence[Any]], None]) -> Callable[..., Any]:
+    @wraps(function)  # keeps Jinja's marks on the function
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if isinstance(args[0], str) and function is FILTERS["format"]:
-            _narrow(args[0])
-        else:
-            _guard((*args[1:], *kwargs.values()))
+        check((*args, *kwargs.values()))
         return function(*args, **kwargs)
 
     return guarded
 
 
-def _guard(arguments: Sequence[Any]) -> None:
+def _narrow(arguments: Sequence[Any]) -> None:
     for argument in arguments:
         if isinstance(argument, int):
             _bounded(argument, MAX_WIDTH)
 
 
-def _narrow(format_: str) -> None:
-    if _WIDE.search(format_):
-        raise SecurityError(f"the format {format_[:40]!r} makes text too wide")
+def _narrow_format(arguments: Sequence[Any]) -> None:
+    if _WIDE.search(str(arguments[0])):
+        raise SecurityError(f"the format {str(arguments[0])[:40]!r} makes text too wide")
 
 
 def _bounded(size: float, limit: int) -> None:

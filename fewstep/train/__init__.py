@@ -1,0 +1,1 @@
+"""Training: trainer, optimizers, precision, data, checkpoints, objectives."""

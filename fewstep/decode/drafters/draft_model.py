@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, ClassVar, final
 
 import torch
 from pydantic import Field
@@ -14,8 +14,8 @@ from fewstep.core.mixer import State, Tree
 from fewstep.core.model import Target
 from fewstep.core.random import Rng
 from fewstep.decode.drafters.config import DrafterConfig, Load
+from fewstep.decode.drafters.grow import Mode, cut, grow
 from fewstep.decode.prefill import placement, prefill
-from fewstep.decode.verify import draw
 
 
 class DraftModelConfig(DrafterConfig):
@@ -30,8 +30,8 @@ class DraftModelConfig(DrafterConfig):
     claims: ClassVar[tuple[str, ...]] = ("speculative-sampling",)
 
     path: str = ""
-    branching: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 1, 1, 1), min_length=1)
-    mode: Literal["drawn", "chosen"] = "drawn"
+    branching: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 1, 1, 1), min_length=1)
+    mode: Mode = "drawn"
 
     def build(self, target: Target, load: Load) -> "DraftModel":
         if not self.path:
@@ -83,13 +83,15 @@ class DraftModel:
                 f"drafter.branching={config.branching}: more children than the {model.vocab} tokens there are; lower it"
             )
         self.config, self.model = config, model
+        # what fits a target with no longer a context fits the draft model too, to the last token
+        own, theirs = model.max_positions, target.max_positions
+        self._limit = own if own is not None and (theirs is None or own < theirs) else None
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> DraftState:
-        limit = self.model.max_positions
-        if limit is not None and capacity > limit:
+        if self._limit is not None and capacity > self._limit:
             raise ValueError(
-                f"drafter.path={self.config.path!r}: a context of {limit} tokens, {capacity} are needed; "
-                "lower max_new_tokens or use a draft model with a longer context"
+                f"drafter.path={self.config.path!r}: a context of {self._limit} tokens, {capacity} are needed (drafted ones "
+                "included); lower max_new_tokens or use a draft model with a longer context"
             )
         device, dtype = placement(self.model)
         empty = self.model.init_state(prompt.batch, capacity, device=device, dtype=dtype)
@@ -110,12 +112,13 @@ class DraftModel:
                 logits, model = output.logits, output.state
                 handle.charge(1)
             nodes = torch.arange(tree.size - count, tree.size, device=root.device).expand(tree.batch, -1)
-            tree = self._grown(tree, nodes, handle.law(logits, tree, nodes), logits, branch, budget, rng)
+            tree = grow(tree, nodes, handle.law(logits, tree, nodes), logits, branch, budget, self.config.mode, rng)
             count *= branch
             if tree.size >= widest:
                 break
-        cut = Tree(tree.tokens[:, :widest], tree.parent[:, :widest], None if tree.q is None else tree.q[:, :widest])
-        return cut, replace(state, model=model.rollback(), tail=state.tail[:, :0], count=torch.zeros_like(state.count))
+        return cut(tree, widest), replace(
+            state, model=model.rollback(), tail=state.tail[:, :0], count=torch.zeros_like(state.count)
+        )
 
     def observe(self, tree: Tree, verdict: Verdict, hidden: Mapping[str, Tensor], state: DraftState) -> DraftState:
         accepted = verdict.keep - 1  # the root was fed when it was proposed from
@@ -129,41 +132,3 @@ class DraftModel:
         assert output.logits is not None
         order = torch.arange(tokens.shape[1], device=root.device).expand_as(tokens)
         return output.logits, output.state.commit(order, state.count + 1)
-
-    def _grown(self, tree: Tree, nodes: Tensor, law: Tensor, logits: Tensor, branch: int, budget: Tensor, rng: Rng) -> Tree:
-        """`tree` with `branch` children under each of `nodes` [B,K]."""
-        parent = nodes.repeat_interleave(branch, 1)
-        index = tree.size + torch.arange(parent.shape[1], device=parent.device)
-        q = None
-        if self.config.mode == "drawn" and law.is_floating_point():
-            tokens, possible, q = _drawn(law, branch, rng.uniform(int(index[-1]) + 1)[:, index])
-            q = torch.cat([q.new_zeros(tree.batch, 1, q.shape[-1]) if tree.q is None else tree.q, q], 1)
-        else:
-            tokens, possible = _chosen(law, logits, branch)
-        # a node is left out by its place, its parent or for want of a token: never for its own value
-        valid = possible & tree.valid.gather(1, parent) & (index < budget.unsqueeze(1))
-        return Tree(torch.cat([tree.tokens, tokens], 1), torch.cat([tree.parent, torch.where(valid, parent, -2)], 1), q)
-
-
-def _drawn(law: Tensor, branch: int, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Children without replacement: tokens [B,K*branch], whether one was left, and their laws q [B,K*branch,V]."""
-    batch, count, vocab = law.shape
-    tokens, laws = [], []
-    for number in uniform.view(batch, count, branch).unbind(2):
-        mass = law.sum(-1, keepdim=True)
-        law = torch.where(mass > 0, law / mass, 0.0)
-        tokens.append(draw(law, number))
-        laws.append(law)
-        law = law.scatter(-1, tokens[-1].unsqueeze(-1), 0.0)
-    q = torch.stack(laws, 2).view(batch, count * branch, vocab)
-    return torch.stack(tokens, 2).view(batch, -1), q.sum(-1) > 0, q
-
-
-def _chosen(law: Tensor, logits: Tensor, branch: int) -> tuple[Tensor, Tensor]:
-    """The most likely children: tokens [B,K*branch], and whether the law gives them any mass."""
-    if law.is_floating_point():
-        best = law.topk(branch)
-        return best.indices.flatten(1), (best.values > 0).flatten(1)
-    # greedy: the law's token first (a penalty may have moved it), then the next best logits
-    best = logits.scatter(-1, law.unsqueeze(-1), torch.inf).topk(branch)
-    return best.indices.flatten(1), torch.ones_like(best.indices, dtype=torch.bool).flatten(1)

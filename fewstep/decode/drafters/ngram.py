@@ -24,10 +24,10 @@ class NgramConfig(DrafterConfig):
     kind: ClassVar[str] = "ngram"
     source: ClassVar[str] = "Saxena 2023, prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding"
 
-    max_ngram: int = Field(4, ge=1, le=16)
-    min_ngram: int = Field(2, ge=1)
-    depth: int = Field(8, ge=1)
-    branches: int = Field(1, ge=1)
+    max_ngram: int = Field(default=4, ge=1, le=16)
+    min_ngram: int = Field(default=2, ge=1)
+    depth: int = Field(default=8, ge=1)
+    branches: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> "NgramConfig":
@@ -41,7 +41,7 @@ class NgramConfig(DrafterConfig):
 
 @final
 class History:
-    """The committed tokens of each row: `tokens` [B, edge+C], of which `edge` columns of -1 come first, and their `lengths` [B]."""
+    """The committed tokens of each row: `tokens` [B, edge+C], after `edge` columns of -1, and their number `lengths` [B]."""
 
     def __init__(self, tokens: Tensor, lengths: Tensor, edge: int, longest: int) -> None:
         self.tokens, self.lengths, self.edge, self.longest = tokens, lengths, edge, longest

@@ -23,13 +23,13 @@ class AttentionConfig(Config):
     kind: ClassVar[str] = "attention"
     source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762; GQA arXiv 2305.13245; query-key norm arXiv 2302.05442"
 
-    kv_heads: int | None = Field(None, ge=1)
-    head_width: int | None = Field(None, ge=1)
-    window: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    head_width: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1)
     qk_norm: bool = False
     bias: bool = False
     out_bias: bool = False
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
 
     def widths(self, width: int, heads: int) -> tuple[int, int]:
         """(key-value heads, head width) for a model of `width` with `heads`. Raises ValueError where they do not divide."""
@@ -55,7 +55,7 @@ class AttentionState:
         """With `new` [B,2G,T,E] as pending nodes. Raises ValueError over capacity, before any write."""
         start = self.slots.end
         slots = self.slots.extend(parent, new.shape[2])
-        if torch.is_grad_enabled() and (new.requires_grad or self.cache.requires_grad):
+        if torch.is_grad_enabled() or self.cache.requires_grad:
             cache = torch.cat([self.cache[:, :, :start], new, self.cache[:, :, slots.end :]], 2)
         else:
             cache = self.cache
@@ -94,7 +94,10 @@ def _grown(cache: Tensor, capacity: int) -> Tensor:
 
 @final
 class Attention(nn.Module):
-    """Softmax attention over [B,T,D]. Cost: 4 T^2 D per row in the parallel form. `ctx.shared` keys: ("attention", window or mask)."""
+    """Softmax attention over [B,T,D]. Cost: 4 T^2 D per row in the parallel form.
+
+    `ctx.shared` keys: ("attention", window or mask), the additive mask of the call.
+    """
 
     modes = frozenset({"causal", "bidirectional"})
     masks = frozenset({Causal, Window, Full, Dense})
@@ -144,10 +147,13 @@ class Attention(nn.Module):
         return self._attend(q, k, v, ctx.shared[key]), state
 
     def _mask(self, ctx: Context) -> object:
-        if isinstance(ctx.mask, Causal) and self.config.window is not None:
-            return Window(self.config.window)
+        window = self.config.window
+        if isinstance(ctx.mask, Causal | Window) and window is not None:
+            return Window(min(window, ctx.mask.size) if isinstance(ctx.mask, Window) else window)
         if type(ctx.mask) not in self.masks:
-            raise ValueError(f"mask={ctx.mask!r}: attention takes {', '.join(sorted(m.__name__ for m in self.masks))}; choose one of them")
+            raise ValueError(
+                f"mask={ctx.mask!r}: attention takes {', '.join(sorted(m.__name__ for m in self.masks))}; choose one of them"
+            )
         return ctx.mask
 
     def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:

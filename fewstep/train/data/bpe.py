@@ -4,7 +4,7 @@ This file knows how Python source is cut before merging. It knows no corpus.
 """
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import tokenizers
 from pydantic import Field
@@ -13,11 +13,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from fewstep.core.recipe import Config
 from fewstep.text.tokenizer import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
-
-# Indentation stands alone, so that a prompt that ends after a newline or an indent is cut as in training; a word takes one
+# Indentation stands alone, so that a prompt that begins or ends at a line or an indent is cut as in training; a word takes one
 # symbol or space before it; every digit stands alone; symbols take the line end that follows them, e.g. "):\n".
-_SPLIT = r"(?<=\n)[ \t]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = r"(?<![^\n])[ \t]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @final
@@ -34,7 +32,7 @@ class BPEConfig(Config):
     source: ClassVar[str] = "arXiv:1508.07909"
 
     vocab: int = Field(default=2048, ge=257, le=1_000_000)
-    eos: Literal["<|endoftext|>"] = END_OF_TEXT
+    eos: str = Field(default="<|endoftext|>", min_length=1)
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
         """The tokenizer of `vocab` ids at most (fewer if the texts have no more pairs) trained on `texts`; deterministic."""

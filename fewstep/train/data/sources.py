@@ -5,9 +5,11 @@ This file knows no tokenizer and no token.
 
 import hashlib
 import json
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
@@ -18,6 +20,8 @@ from fewstep.train.data.grouping import Document, hold_out, near_duplicates
 
 Part = Literal["train", "validation"]
 PARTS: tuple[Part, Part] = ("train", "validation")
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON's escapes can write half a character
 
 
 @final
@@ -60,7 +64,7 @@ class Corpus:
         first, second = next(documents, None), next(documents, None)
         if first is None:
             raise ValueError("data: the corpus has no text; name files that hold some")
-        yield from (first, second, *documents) if second is not None else self._halves(first)
+        yield from chain((first, second), documents) if second is not None else self._halves(first)
 
     def _halves(self, document: Document) -> Iterator[Document]:
         # At the last line end, so that no line is known in part.
@@ -101,37 +105,41 @@ class TextConfig(DataConfig):
     column: str = Field(default="text", min_length=1)
 
     def documents(self) -> Iterator[Document]:
-        for file in self._files():
-            if file.suffix == ".jsonl":
-                yield from self._jsonl(file)
-            elif file.suffix == ".parquet":
-                yield from self._parquet(file)
-            elif text := _nonblank(_decode(file.read_bytes(), file)):
-                yield Document(file.as_posix(), text)
+        for name, file in self._files().items():
+            yield from (Document(f"{name}{place}", text) for place, text in self._texts(file) if text.strip())
 
-    def _files(self) -> list[Path]:
+    def _texts(self, file: Path) -> Iterator[tuple[str, str]]:
+        if file.suffix == ".jsonl":
+            return self._jsonl(file)
+        return self._parquet(file) if file.suffix == ".parquet" else iter([("", _decode(file.read_bytes(), file))])
+
+    def _files(self) -> dict[str, Path]:
+        """The files by name. Names begin at the folder given, so that the split does not depend on where it lies."""
         if not self.paths:
             raise ValueError("data.paths=(): no text to train on; name files or folders")
-        files: dict[Path, None] = {}
+        files: dict[str, Path] = {}
         for path in self.paths:
-            if path.is_dir():
-                inside = sorted(file for file in path.glob(self.pattern) if file.is_file())
-                if not inside:
-                    raise ValueError(
-                        f"data.pattern={self.pattern!r}: matches no file in {str(path)!r}; give another, e.g. '**/*.py'"
-                    )
-                files.update(dict.fromkeys(inside))
-            elif path.is_file():
-                files[path] = None
-            else:
-                raise ValueError(f"data.paths={str(path)!r}: no such file or folder; correct the path")
-        return list(files)
+            for name, file in self._inside(path.resolve()):
+                if files.setdefault(name, file) != file:
+                    raise ValueError(f"data.paths={str(file)!r}: a second file named {name!r}; give the folder that holds both")
+        return files
 
-    def _jsonl(self, file: Path) -> Iterator[Document]:
+    def _inside(self, path: Path) -> Iterator[tuple[str, Path]]:
+        if path.is_file():
+            yield path.name, path
+            return
+        if not path.is_dir():
+            raise ValueError(f"data.paths={str(path)!r}: no such file or folder; correct the path")
+        found = sorted(file for file in path.glob(self.pattern) if file.is_file())
+        if not found:
+            raise ValueError(f"data.pattern={self.pattern!r}: matches no file in {str(path)!r}; give another, e.g. '**/*.py'")
+        yield from ((file.relative_to(path.parent).as_posix(), file) for file in found)
+
+    def _jsonl(self, file: Path) -> Iterator[tuple[str, str]]:
         with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and (text := _nonblank(self._field(line, f"{file}:{number}"))):
-                    yield Document(f"{file.as_posix()}:{number}", text)
+            yield from (
+                (f":{number}", self._field(line, f"{file}:{number}")) for number, line in enumerate(lines, 1) if line.strip()
+            )
 
     def _field(self, line: bytes, place: str) -> str:
         try:
@@ -141,25 +149,23 @@ class TextConfig(DataConfig):
         if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
             names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise ValueError(f"data.field={self.field!r}: no such text in {place!r}, which has: {names}; name one of these")
-        return str(record[self.field])
+        text = str(record[self.field])
+        if _SURROGATE.search(text):
+            raise ValueError(f"data.paths={place!r}: a lone surrogate, which no UTF-8 text holds; correct that line")
+        return text
 
-    def _parquet(self, file: Path) -> Iterator[Document]:
+    def _parquet(self, file: Path) -> Iterator[tuple[str, str]]:
         table = _open_parquet(file)
         if self.column not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise ValueError(
                 f"data.column={self.column!r}: no such column in {str(file)!r}, which has: {names}; name one of these"
             )
-        number = 0
-        for batch in table.iter_batches(columns=[self.column]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                if text is not None and not isinstance(text, str):
-                    raise ValueError(
-                        f"data.column={self.column!r}: holds {type(text).__name__}, not text; name a column of strings"
-                    )
-                if text and _nonblank(text):
-                    yield Document(f"{file.as_posix()}:{number}", text)
+        rows = chain.from_iterable(batch.column(0).to_pylist() for batch in table.iter_batches(columns=[self.column]))
+        for number, text in enumerate(rows):
+            if not isinstance(text, str | None):
+                raise ValueError(f"data.column={self.column!r}: holds {type(text).__name__}, not text; name a column of strings")
+            yield f":{number}", text or ""
 
 
 def _open_parquet(file: Path) -> Any:
@@ -178,16 +184,3 @@ def _decode(content: bytes, file: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"data.paths={str(file)!r}: not UTF-8 at byte {error.start}; convert the file or leave it out") from None
-
-
-def _nonblank(text: str) -> str:
-    return text if text.strip() else ""
-
-
-def summary(corpus: Corpus) -> Mapping[str, int]:
-    """The number of documents and of UTF-8 bytes of each part, for a run's log."""
-    counts: dict[str, int] = {}
-    for part in PARTS:
-        sizes = [len(document.text.encode()) for document in corpus.documents(part)]
-        counts |= {f"{part}_documents": len(sizes), f"{part}_bytes": sum(sizes)}
-    return counts

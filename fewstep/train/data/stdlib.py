@@ -32,26 +32,25 @@ class StdlibConfig(DataConfig):
 
     def documents(self) -> Iterator[Document]:
         root = Path(sysconfig.get_path("stdlib"))
-        files = {path.relative_to(root): path for path in sorted(root.rglob("*.py")) if _written(path.relative_to(root))}
-        known = {name.parts[0].removesuffix(".py") for name in files}
+        tops = {path.name.removesuffix(".py"): path for path in sorted(root.iterdir()) if _written(path.relative_to(root))}
         for package in self.packages:
-            if package not in known:
+            if package not in tops:
                 raise ValueError(f"data.packages={package!r}: not in the library at {str(root)!r}; name a module such as 'json'")
-        for name, path in files.items():
-            if not self.packages or name.parts[0].removesuffix(".py") in self.packages:
-                text = _text(path)
-                if text.strip():
+        for top in tops.values() if not self.packages else [tops[package] for package in sorted(set(self.packages))]:
+            for path in sorted(top.rglob("*.py")) if top.is_dir() else [top]:
+                name = path.relative_to(root)
+                if path.suffix == ".py" and _written(name) and (text := _text(path)).strip():
                     yield Document(name.as_posix(), text)
 
 
 def _written(name: Path) -> bool:
-    inside = name.as_posix()
+    """Whether people wrote the file or folder `name` (relative to the library) as code."""
     return not (
         _FOLDERS.intersection(name.parts)
         or name.parts[0] in _GENERATED
         or name.parts[0].startswith("config-")
         or name.name.startswith(_MALFORMED)
-        or inside.startswith(_MALFORMED_FOLDERS)
+        or name.as_posix().startswith(_MALFORMED_FOLDERS)
     )
 
 

@@ -22,7 +22,7 @@ class MultiTokenConfig(Config):
     source: ClassVar[str] = "Gloeckle et al. 2024, arXiv 2404.19737 (parallel); DeepSeek-V3, arXiv 2412.19437 (sequential)"
     claims: ClassVar[tuple[str, ...]] = ("mtp",)
 
-    weight: float = Field(0.3, gt=0)
+    weight: float = Field(default=0.3, gt=0)
     trunk: Literal["joint", "frozen"] = "joint"
 
     def build(self) -> "MultiToken":
@@ -31,10 +31,11 @@ class MultiTokenConfig(Config):
 
 @final
 class MultiToken:
-    """L = L_1 + (weight / D) sum_k L_{1+k}. Cost: the trunk's pass plus one block and one unembedding per head.
+    """L = L_1 + (weight / D) sum_k L_{1+k}, all of them sums over the tokens scored divided by the number scored for L_1.
 
-    Source: arXiv 2412.19437 eq. 24-25. With parallel heads and weight = D it is eq. 2 of arXiv 2404.19737.
-    Raises ValueError for a model without extra heads.
+    Source: arXiv 2412.19437 eq. 24-25. With parallel heads and weight = D it is eq. 2 of arXiv 2404.19737. The metrics are means
+    over the tokens that each head scores, a few less per segment. Cost: the trunk's pass plus one block and one unembedding per
+    head. Raises ValueError for a model without extra heads.
     """
 
     def __init__(self, config: MultiTokenConfig) -> None:
@@ -44,27 +45,25 @@ class MultiToken:
         decoder = cast(Decoder, model)
         heads = _heads(decoder)
         frozen = self.config.trunk == "frozen"
-        if frozen:
-            with torch.no_grad():
-                encoded = decoder(batch.tokens, batch.segments, taps=(heads.tap,))
-        else:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             encoded = decoder(batch.tokens, batch.segments, taps=(heads.tap,))
-        value, accuracy, units = token_loss(decoder.unembed(encoded.final[:, :-1]), labels(batch, 1))
+            value, accuracy, units = token_loss(decoder.unembed(encoded.final[:, :-1]), labels(batch, 1))
         metrics = {"next_token": value.detach(), "accuracy": accuracy}
-        extra = self._extra(decoder, heads, encoded, batch, metrics)
+        extra = self._extra(decoder, heads, encoded, batch, metrics) / units.clamp(min=1)
         total = self.config.weight / heads.depth * extra
         return Loss(total if frozen else value + total, int(units), metrics)
 
     def _extra(
         self, decoder: Decoder, heads: SequentialHeads | ParallelHeads, encoded: Encoded, batch: Batch, metrics: dict[str, Tensor]
     ) -> Tensor:
+        """The summed cross-entropy of every head; its means join `metrics`."""
         outputs = heads(encoded.hidden[heads.tap], batch.tokens, self._embed(decoder), encoded.context)
         total = torch.zeros((), device=batch.tokens.device)
         for k, h in enumerate(outputs, 1):
             logits = torch.nn.functional.linear(h, self._shared(decoder.head.weight))
-            value, accuracy, _ = token_loss(logits[:, :-1], labels(batch, k + 1))
+            value, accuracy, units = token_loss(logits[:, :-1], labels(batch, k + 1))
             metrics |= {f"mtp_{k}": value.detach(), f"mtp_{k}_accuracy": accuracy}
-            total = total + value
+            total = total + value * units
         return total
 
     def _shared(self, weight: Tensor) -> Tensor:

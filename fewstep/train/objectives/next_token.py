@@ -1,4 +1,7 @@
-"""Next-token prediction: the cross-entropy of each token given those before it in its segment. Knows decoders only by `forward`."""
+"""Next-token prediction: the cross-entropy of each token given those before it in its segment.
+
+This file knows decoders by their parallel pass and unembedding only.
+"""
 
 from typing import Any, ClassVar, cast, final
 
@@ -37,7 +40,8 @@ def token_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy (natural logarithm), its accuracy, and the number of tokens scored; zero where none is."""
     scored = target != IGNORED
     units = scored.sum()
-    total = cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
     hits = ((logits.detach().argmax(-1) == target) & scored).sum()
     return total / units.clamp(min=1), hits / units.clamp(min=1), units
 
@@ -63,4 +67,6 @@ class NextToken:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ValueError(f"objective state {sorted(state)}: next_token keeps none; the checkpoint belongs to another objective")
+            raise ValueError(
+                f"objective state {sorted(state)}: next_token keeps none; the checkpoint belongs to another objective"
+            )

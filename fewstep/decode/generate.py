@@ -1,0 +1,126 @@
+"""Requests in, completions out: seeds, samples and bookkeeping around the one loop. This file knows no text."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from fewstep.core.draft import Drafter
+from fewstep.core.event import Cost, Event
+from fewstep.core.model import Target
+from fewstep.core.random import CounterRng
+from fewstep.decode.laws import Sampling, SamplingConfig
+from fewstep.decode.prefill import placement
+from fewstep.decode.stream import Finish, Review, Settings, Step, stream
+
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one request got: new `tokens` (an end token included), where each came from, what it cost, and why it ended.
+
+    `drafted[i]`: token i was drafted and accepted, not computed. `accepted`: accepted drafts of each call. `finish`: "eos",
+    "length" or "stop". `cost.seconds` runs from the start of the batch to the row's last token: rows overlap, so sums of it mean
+    nothing. `cost.bytes` is the batch's. `logits` [T,V]: if kept. `text`: filled by whoever knows the tokenizer.
+    """
+
+    tokens: list[int]
+    drafted: list[bool]
+    accepted: list[int]
+    cost: Cost
+    finish: str
+    logits: Tensor | None = None
+    text: str = ""
+
+
+def requests(
+    target: Target,
+    drafter: Drafter[Any],
+    prompts: Sequence[Sequence[int]],
+    settings: Settings = Settings(),
+    *,
+    sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
+    seed: int | Sequence[int] = 0,
+    samples: int = 1,
+    review: Review | None = None,
+) -> Iterator[Event[Step]]:
+    """The loop over `samples` continuations of every prompt: sample s of prompt b is row b * samples + s.
+
+    `sampling`, `seed` and `settings.max_new_tokens` are one for all prompts or one per prompt. A row's seed is a hash of its
+    prompt's seed and s, so a prompt gives the same samples alone and in any batch. Raises ValueError as `stream` does.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples}: below 1; ask for at least one sample per prompt")
+    count, device = len(prompts), placement(target)[0]
+    configs = _per_row("sampling", [sampling] * count if isinstance(sampling, SamplingConfig) else sampling, count, samples)
+    seeds = _per_row("seed", [seed] * count if isinstance(seed, int) else seed, count, samples)
+    if not isinstance(settings.max_new_tokens, int):
+        settings = replace(settings, max_new_tokens=_per_row("max_new_tokens", settings.max_new_tokens, count, samples))
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    rng = CounterRng.seeded([row_seed(value, i % samples) for i, value in enumerate(seeds)], device)
+    return stream(target, drafter, rows, Sampling.of(configs, target.vocab, device), rng, settings, review)
+
+
+def decode(
+    target: Target,
+    drafter: Drafter[Any],
+    prompts: Sequence[Sequence[int]],
+    settings: Settings = Settings(),
+    *,
+    sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
+    seed: int | Sequence[int] = 0,
+    samples: int = 1,
+    review: Review | None = None,
+) -> list[Completion]:
+    """`requests` run to the end: one completion per row."""
+    transcripts = Transcripts(len(prompts) * samples)
+    for event in requests(target, drafter, prompts, settings, sampling=sampling, seed=seed, samples=samples, review=review):
+        transcripts.take(event)
+    return transcripts.completions()
+
+
+@final
+class Transcripts:
+    """The completions of a batch in the making."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = [Completion([], [], [], Cost(), Finish.RUNNING.name.lower()) for _ in range(rows)]
+        self._logits: list[list[Tensor]] = [[] for _ in range(rows)]
+
+    def take(self, event: Event[Step]) -> None:
+        """Write down what a step gave each of its rows."""
+        step, total = event.payload, event.cost
+        columns = (step.rows, step.tokens, step.count, step.drafted, step.finish)
+        for i, (row, tokens, count, drafted, finish) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            done = self._rows[row]
+            done.tokens.extend(tokens[:count])
+            done.drafted.extend(j < drafted for j in range(count))
+            if step.calls:
+                done.accepted.append(drafted)
+            spent = Cost(step.calls, step.draft_calls, int(not step.calls), count)
+            cost = replace(done.cost + spent, seconds=total.seconds, bytes=total.bytes)
+            self._rows[row] = replace(done, cost=cost, finish=Finish(finish).name.lower())
+            if step.logits is not None:
+                self._logits[row].append(step.logits[i, :count])
+
+    def completions(self) -> list[Completion]:
+        """One per row, as far as they have come."""
+        kept = [torch.cat(parts) if parts else None for parts in self._logits]
+        return [replace(row, logits=logits) for row, logits in zip(self._rows, kept, strict=True)]
+
+
+def row_seed(seed: int, sample: int) -> int:
+    """The seed of sample `sample` of a request with seed `seed`: 63 bits of a hash."""
+    digest = hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _per_row(field: str, values: Sequence[T], prompts: int, samples: int) -> list[T]:
+    if len(values) != prompts:
+        raise ValueError(f"{field}: {len(values)} values for {prompts} prompts; give one, or one per prompt")
+    return [value for value in values for _ in range(samples)]

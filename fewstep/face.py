@@ -1,0 +1,45 @@
+"""The functions of `import fewstep`: each a few lines over the rooms that do the work."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.draft import Drafter
+from fewstep.core.recipe import parse
+from fewstep.decode.drafters import DrafterConfig
+from fewstep.decode.generate import Completion
+from fewstep.decode.text import GenerationConfig, Prompts, pick_drafter
+from fewstep.decode.text import generate as generate_rows
+from fewstep.hub.load import load
+from fewstep.models.model import Model
+from fewstep.recipes.run import train
+from fewstep.report.reproduce import reproduce
+
+__all__ = ["generate", "load", "load_target", "reproduce", "train"]
+
+
+def generate(
+    model: Model | Path | str,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int = 64,
+    drafter: str | DrafterConfig | Drafter[Any] = "auto",
+    temperature: float = 0.0,
+    seed: int = 0,
+    options: Mapping[str, object] | None = None,
+) -> Completion | list[Completion]:
+    """Continue `prompts` (a text, texts, token ids or a [B,T] tensor): one `Completion` for one text, else a list.
+
+    `drafter`: a name ("auto": the checkpoint's own heads, else prompt lookup), "draft_model=PATH", a config or a drafter; the
+    output never depends on it. `options`: any other field of `GenerationConfig` by name, e.g. {"top_p": 0.9, "stop": ["\\n\\n"]}.
+    Raises ValueError for a bad option, an empty prompt or one that exceeds the context.
+    """
+    model = model if isinstance(model, Model) else load(model)
+    fields = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, **(options or {})}
+    rows = generate_rows(model, prompts, pick_drafter(model, drafter, load_target(model)), parse(GenerationConfig, fields))
+    return rows[0] if isinstance(prompts, str) and len(rows) == 1 else rows
+
+
+def load_target(model: Model) -> Any:
+    """How a drafter of `model` loads a second one: same device and dtype."""
+    return lambda path: load(path, device=str(model.device), dtype=model.dtype).network

@@ -1,0 +1,1 @@
+"""Checkpoints of others, in and out: Hugging Face directories and hub ids, shipped models, run folders."""

@@ -1,0 +1,222 @@
+"""Hugging Face families as data: how each spells a decoder in config.json and its tensors in safetensors files.
+
+A family is one entry of `FAMILIES`. `read_config` and `write_config` are inverse to each other for every decoder that the
+family can say; whether it can is asked by doing both. This file reads no file and knows no weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, cast, final
+
+from fewstep.core.recipe import Config, parse
+from fewstep.hub.rope import read_rope, write_rope
+from fewstep.hub.spelling import Key
+from fewstep.models.decoder import DecoderConfig
+from fewstep.nn.mixers.attention import AttentionConfig
+from fewstep.nn.position import RopeConfig
+
+Spelling = Key | bool | str  # a key of config.json, or what is always so in the family
+
+SIZE = 1 << 24
+HEADS = 1 << 16
+
+_DECODER: Mapping[str, Spelling] = MappingProxyType(
+    {
+        "vocab": Key("vocab_size", int, most=SIZE),
+        "width": Key("hidden_size", int, most=SIZE),
+        "depth": Key("num_hidden_layers", int, most=HEADS),
+        "query_heads": Key("num_attention_heads", int, most=HEADS),
+        "hidden": Key("intermediate_size", int, most=SIZE),
+        "activation": Key("hidden_act", str, "silu", values={"silu": "swiglu", "swish": "swiglu"}),
+        "eps": Key("rms_norm_eps", float, 1e-6),
+        "tied": Key("tie_word_embeddings", bool, False),
+        "max_positions": Key("max_position_embeddings", int),
+        "init_std": Key("initializer_range", float, 0.02),
+        "norm": "rms",
+        "mlp_bias": False,
+    }
+)
+_MIXER: Mapping[str, Spelling] = MappingProxyType(
+    {
+        "kv_heads": Key("num_key_value_heads", int, None, nullable=True, most=HEADS),
+        "head_width": Key("head_dim", int, None, nullable=True, most=HEADS),
+        "eps": Key("rms_norm_eps", float, 1e-6),
+        "qk_norm": False,
+        "bias": False,
+        "out_bias": False,
+    }
+)
+_TENSORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "embedding": ("model.embed_tokens",),
+        "norm": ("model.norm",),
+        "head": ("lm_head",),
+        "blocks.mixer_norm": ("model.layers.{layer}.input_layernorm",),
+        "blocks.mixer.qkv": tuple(f"model.layers.{{layer}}.self_attn.{part}_proj" for part in "qkv"),
+        "blocks.mixer.q_norm": ("model.layers.{layer}.self_attn.q_norm",),
+        "blocks.mixer.k_norm": ("model.layers.{layer}.self_attn.k_norm",),
+        "blocks.mixer.out": ("model.layers.{layer}.self_attn.o_proj",),
+        "blocks.mlp_norm": ("model.layers.{layer}.post_attention_layernorm",),
+        "blocks.mlp.up": ("model.layers.{layer}.mlp.gate_proj", "model.layers.{layer}.mlp.up_proj"),
+        "blocks.mlp.down": ("model.layers.{layer}.mlp.down_proj",),
+    }
+)
+_ATTENTION_BIAS = Key("attention_bias", bool, False)
+
+
+@final
+@dataclass(frozen=True)
+class Family:
+    """One family. `decoder` and `mixer` spell the fields of `DecoderConfig` and `AttentionConfig`.
+
+    `windows`: no layer slides, "all" do, or some "layers" do, by `layer_types`. `tensors`: our module (layer number left out) ->
+    their modules, whose rows follow one another in ours. `computed`: endings of tensors that some files hold though the config
+    says them already.
+    """
+
+    model_type: str
+    architecture: str
+    decoder: Mapping[str, Spelling] = field(default_factory=lambda: _DECODER)
+    mixer: Mapping[str, Spelling] = field(default_factory=lambda: _MIXER)
+    windows: Literal["none", "all", "layers"] = "none"
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _TENSORS)
+    computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+# Keys left out of a config.json mean what they mean to `transformers`.
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        family.model_type: family
+        for family in (
+            Family(
+                "llama",
+                "LlamaForCausalLM",
+                decoder={**_DECODER, "mlp_bias": Key("mlp_bias", bool, False)},
+                mixer={**_MIXER, "bias": _ATTENTION_BIAS, "out_bias": _ATTENTION_BIAS},
+            ),
+            Family("mistral", "MistralForCausalLM", windows="all"),
+            Family("qwen2", "Qwen2ForCausalLM", mixer={**_MIXER, "bias": True}, windows="layers"),
+            Family(
+                "qwen3",
+                "Qwen3ForCausalLM",
+                mixer={**_MIXER, "qk_norm": True, "bias": _ATTENTION_BIAS, "out_bias": _ATTENTION_BIAS},
+                windows="layers",
+            ),
+        )
+    }
+)
+
+
+def family_of(values: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises ValueError for one that is not known here, or none at all."""
+    match values.get("architectures"):
+        case [name, *_]:
+            pass
+        case _:
+            name = values.get("model_type")
+    for family in FAMILIES.values():
+        if name in (family.architecture, family.model_type):
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES.values())
+    raise ValueError(f"architectures={name!r}: not one that fewstep reads; choose a checkpoint of {known}")
+
+
+def read_config(family: Family, values: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of a config.json. Raises ValueError naming the key that is missing, wrong, or asks for what fewstep lacks."""
+    if values.get("quantization_config") is not None:
+        raise ValueError("quantization_config: quantised checkpoints are not supported; use the one it was made from")
+    decoder, mixer = _read(family.decoder, values), _read(family.mixer, values)
+    mixer["kv_heads"] = mixer["kv_heads"] or decoder["query_heads"]
+    mixer["head_width"] = mixer["head_width"] or decoder["width"] // decoder["query_heads"]
+    windows = _read_windows(family, values, decoder["depth"])
+    mixers = tuple(parse(AttentionConfig, {**mixer, "window": window}, "mixer") for window in windows)
+    position = read_rope(values, decoder["max_positions"])
+    return parse(DecoderConfig, {**decoder, "mixers": _shortest(mixers), "position": position})
+
+
+def write_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of `config` in the words of `family`. Raises ValueError if they do not say exactly this decoder."""
+    config = explicit(config)
+    mixers = cast(tuple[Any, ...], config.mixers)
+    if not all(isinstance(mixer, AttentionConfig) for mixer in mixers) or not isinstance(config.position, RopeConfig):
+        raise ValueError(f"{family.model_type} cannot say anything but attention with rotary positions")
+    values: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    values |= _write(family.decoder, dict(config)) | _write(family.mixer, dict(mixers[0]))
+    windows = [mixers[layer % len(mixers)].window for layer in range(config.depth)]
+    values |= _write_windows(family, windows) | write_rope(config.position)
+    said = read_config(family, values)
+    unsaid = [*_differences(config, said), *_differences(mixers[0], said.mixers[0])]
+    if unsaid:
+        raise ValueError(f"{family.model_type} cannot say {', '.join(unsaid)}")
+    return values
+
+
+def explicit(config: DecoderConfig) -> DecoderConfig:
+    """The trunk of `config` with nothing left open, so that equal decoders have equal configs; its heads are left out."""
+    given = cast(tuple[Any, ...], config.mixers)
+    mixers = tuple(_explicit_mixer(given[layer % len(given)], config) for layer in range(config.depth))
+    return config.model_copy(update={"mixers": _shortest(mixers), "heads": ()})
+
+
+def _explicit_mixer(mixer: Any, config: DecoderConfig) -> Any:
+    if not isinstance(mixer, AttentionConfig):
+        return mixer
+    kv_heads, head_width = mixer.widths(config.width, config.query_heads)
+    eps = mixer.eps if mixer.qk_norm else config.eps
+    return mixer.model_copy(update={"kv_heads": kv_heads, "head_width": head_width, "eps": eps})
+
+
+def _shortest(mixers: Sequence[Any]) -> tuple[Any, ...]:
+    """One mixer where all layers have the same: a decoder repeats them."""
+    return tuple(mixers[:1] if all(mixer == mixers[0] for mixer in mixers) else mixers)
+
+
+def _differences(one: Config, other: Config) -> list[str]:
+    """The fields of `one` that `other` has otherwise; of a decoder's mixers, only that they differ."""
+    return [name if name == "mixers" else f"{name}={value}" for name, value in one if getattr(other, name) != value]
+
+
+def _read(spellings: Mapping[str, Spelling], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: key.read(values) if isinstance(key, Key) else key for name, key in spellings.items()}
+
+
+def _write(spellings: Mapping[str, Spelling], fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.name: key.write(fields[name]) for name, key in spellings.items() if isinstance(key, Key)}
+
+
+_WINDOW = Key("sliding_window", int, 4096, nullable=True)
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _read_windows(family: Family, values: Mapping[str, Any], depth: int) -> list[int | None]:
+    """The window of each layer, None where it sees everything."""
+    if family.windows == "none":
+        return [None] * depth
+    if family.windows == "all":
+        return [_WINDOW.read(values)] * depth
+    window = _WINDOW.read(values) if Key("use_sliding_window", bool, False).read(values) else None
+    types = values.get("layer_types")
+    if types is None:
+        first = Key("max_window_layers", int, 28, least=0).read(values)
+        return [window if layer >= first else None for layer in range(depth)]
+    if not isinstance(types, list) or len(types) != depth or not {*map(str, types)} <= {_SLIDING, _FULL}:
+        raise ValueError(f"layer_types: expected {_FULL} or {_SLIDING} for each of the {depth} layers; fewstep has no others")
+    if window is None and _SLIDING in types:
+        raise ValueError("use_sliding_window: off or without sliding_window, though layer_types has sliding layers; correct it")
+    return [window if kind == _SLIDING else None for kind in types]
+
+
+def _write_windows(family: Family, windows: Sequence[int | None]) -> dict[str, Any]:
+    sliding = [layer for layer, window in enumerate(windows) if window is not None]
+    window = windows[sliding[0]] if sliding else None
+    if family.windows == "none":
+        return {}
+    if family.windows == "all":
+        return {"sliding_window": window}
+    return {
+        "use_sliding_window": bool(sliding),
+        "sliding_window": window,
+        "max_window_layers": sliding[0] if sliding else len(windows),
+        "layer_types": [_FULL if window is None else _SLIDING for window in windows],
+    }

@@ -1,0 +1,1 @@
+"""Networks and their parts: positions, mixers, blocks, heads, and the slot table of their caches."""

@@ -1,0 +1,60 @@
+"""Generation on a terminal: text as it is made, each token coloured by how it was obtained, and what it cost.
+
+This file knows no technique. It prints; measuring and pages are its neighbours' work.
+"""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.text import Text
+
+from fewstep.core.draft import Drafter
+from fewstep.core.event import Cost
+from fewstep.core.recipe import parse
+from fewstep.decode.narrate import Piece
+from fewstep.decode.text import Generation, GenerationConfig, pick_drafter
+from fewstep.hub.load import load
+from fewstep.models.model import Model
+
+DRAFTED, COMPUTED = "green", "default"
+
+
+def styled(piece: Piece, stats: bool) -> Text:
+    """The text of a piece, coloured if it was drafted and accepted."""
+    return Text(piece.text, style=DRAFTED if stats and piece.drafted else COMPUTED)
+
+
+def cost_line(cost: Cost) -> str:
+    """One line that says what a generation cost."""
+    return (
+        f"{cost.tokens} tokens in {cost.calls} calls ({cost.tokens_per_call:.2f} tokens per call), "
+        f"{cost.draft_calls} draft calls, {cost.seconds:.2f} s ({cost.tokens / max(cost.seconds, 1e-9):.0f} tokens/s)"
+    )
+
+
+def print_generation(
+    model: Model, prompt: str, drafter: str, drafting: Mapping[str, object], options: Mapping[str, object], *, stats: bool
+) -> None:
+    """Stream the continuation of `prompt` to standard output; with `stats`, colours there and the cost on standard error.
+
+    Raises ValueError for a bad option, an unknown drafter, or a prompt that does not fit.
+    """
+    config = parse(GenerationConfig, options)
+    chosen: Drafter = pick_drafter(
+        model, drafter, lambda path: load(path, device=str(model.device), dtype=model.dtype).network, drafting
+    )
+    generation = Generation(model, prompt, chosen, config)
+    out = Console(highlight=False, soft_wrap=True)
+    if config.samples == 1:
+        for piece in generation:
+            out.print(styled(piece, stats), end="")
+        out.print()
+    else:
+        for _ in generation:
+            pass
+        for i, row in enumerate(generation.completions()):
+            out.print(f"[{i}]", row.text, markup=False)
+    if stats:
+        err = Console(stderr=True, highlight=False)
+        err.print(Text("drafted and accepted", style=DRAFTED), Text("computed", style=COMPUTED), sep=" | ")
+        err.print(cost_line(generation.cost))

@@ -1,0 +1,252 @@
+"""The decoding race: quality against calls, and tokens per second, for every drafter and peer on the same weights.
+
+This file knows models, drafters' names and what to write down. How a race is run is in `contest`, what calls cost in `costs`.
+"""
+
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fewstep.decode.drafters.config import DrafterConfig
+from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.hub.load import load
+from fewstep.models.model import Model
+from fewstep.report.contest import PLAIN, Contestant, Ours, RacePlan, Record, compete, entrants
+from fewstep.report.costs import DraftCost, Machine, draft_cost, machine_costs
+from fewstep.report.page import write_page
+from fewstep.report.peers import LIBRARY, transformers_peers
+from fewstep.report.prompts import Prompt
+
+_PROFILED = 4  # prompts on which proposals are timed
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The mean log2-probability per token that the target itself gives to the emitted text, and its standard error over prompts."""
+
+    mean: float
+    error: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A contestant in the result: its record, the quality of its text and, for drafters, what a proposal costs."""
+
+    record: Record
+    quality: Quality
+    draft: DraftCost | None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Race:
+    """A finished race. `setting`: what was equal for everybody, in plain values; the first entry is plain decoding."""
+
+    setting: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    machine: Machine
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every number, for `race.json`, the table and the page."""
+        machine = asdict(self.machine) | {
+            "verification": self.machine.verification,
+            "bound_seconds": self.machine.bound_seconds,
+            "cached_bound_seconds": self.machine.cached_bound_seconds,
+        }
+        entries = [_row(entry, self.entries[0].record, self.setting["temperature"] == 0) for entry in self.entries]
+        return {"setting": dict(self.setting), "entries": entries, "machine": machine, "notes": list(self.notes)}
+
+    def table(self) -> Table:
+        """The result for a terminal."""
+        return _table(self.as_dict())
+
+
+def race_decode(
+    model: Model,
+    prompts: Sequence[Prompt],
+    drafters: Mapping[str, DrafterConfig] | None = None,
+    plan: RacePlan = RacePlan(),
+    directory: Path | str | None = None,
+    *,
+    name: str = "model",
+    console: Console | None = None,
+) -> Race:
+    """Race `drafters` (None: all that the model can run with) and the peers over `prompts`.
+
+    Plain decoding always takes part. With a `directory`, `race.json` and the page `race.html` are written there. `name` is the
+    model's in both. Raises ValueError for a drafter that does not fit the model, or prompts beyond its context.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"model={name!r}: has no tokenizer to read prompts with; load it with its tokenizer.json")
+    console = console or Console()
+    chosen = {PLAIN: entrants(model.network)[PLAIN], **(entrants(model.network) if drafters is None else drafters)}
+    ids = [model.tokenizer.encode(prompt.prompt) for prompt in prompts[: plan.prompts]]
+    with threads(plan.threads), tempfile.TemporaryDirectory() as exports:
+        ours = [Ours(key, model.network, config.build(model.network, lambda path: _like(model, path).network), plan) for key, config in chosen.items()]
+        draft = next((config.path for config in chosen.values() if isinstance(config, DraftModelConfig)), None)
+        peers, notes = _peers(model, draft, plan, Path(exports))
+        contestants: list[Contestant] = [*ours, *peers]
+        with bar(console, len(contestants) * (1 + plan.rounds * math.ceil(len(ids) / plan.batch))) as advance:
+            records = compete(contestants, ids, plan, advance)
+        machine = machine_costs(model.network, ids[0])
+        costs = _draft_costs(model, ours, ids, plan, machine)
+        setting = _setting(model, name, plan, len(ids), chosen)
+    entries = tuple(Entry(record, quality(model, ids, record.lap.tokens), costs.get(record.name)) for record in records)
+    race = Race(setting, entries, machine, notes)
+    if directory is not None:
+        write_race(race, Path(directory), prompts)
+    return race
+
+
+def write_race(race: Race, directory: Path, prompts: Sequence[Prompt]) -> Path:
+    """Write `race.json` and `race.html` into `directory` (made if missing); the path of the page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    record = race.as_dict()
+    (directory / "race.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return write_page(record, directory / "race.html")
+
+
+def quality(model: Model, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> Quality:
+    """How likely the target finds the continuations `outputs` of `prompts`. Cost: one call per prompt."""
+    means = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        text = torch.tensor([[*prompt, *output]], device=model.device)
+        law = model.logits(text[:, :-1])[0, len(prompt) - 1 :].float().log_softmax(-1)
+        means.append(float(law.gather(1, text[0, len(prompt) :, None]).mean()) / math.log(2))
+    values = torch.tensor(means, dtype=torch.float64)
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return Quality(float(values.mean()), error)
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """`count` CPU threads inside (0: as many as there are now)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar over `total` advances, each with the name of who ran; silent where the console is no terminal."""
+    columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda name: progress.update(task, advance=1, description=name)
+
+
+def _like(model: Model, path: str) -> Model:
+    return load(path, device=str(model.device), dtype=model.dtype)
+
+
+def _peers(model: Model, draft: str | None, plan: RacePlan, exports: Path) -> tuple[list[Contestant], list[str]]:
+    if not plan.peers:
+        return [], []
+    try:
+        return transformers_peers(model, _like(model, draft) if draft else None, plan, exports), []
+    except ValueError as error:
+        return [], [str(error)]
+
+
+def _draft_costs(
+    model: Model, ours: Sequence[Ours], ids: Sequence[Sequence[int]], plan: RacePlan, machine: Machine
+) -> dict[str, DraftCost]:
+    call = machine.call_seconds[1]
+    return {
+        entrant.name: draft_cost(model.network, entrant.drafter, ids[:_PROFILED], call, plan.sampling)
+        for entrant in ours
+        if entrant.name != PLAIN
+    }
+
+
+def _setting(model: Model, name: str, plan: RacePlan, prompts: int, chosen: Mapping[str, DrafterConfig]) -> dict[str, Any]:
+    try:
+        peer = version(LIBRARY)
+    except PackageNotFoundError:
+        peer = None
+    return {
+        **plan.model_dump(mode="json"),
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "prompts": prompts,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        LIBRARY: peer,
+        "drafters": {key: config.model_dump(mode="json") for key, config in chosen.items()},
+    }
+
+
+def _row(entry: Entry, plain: Record, greedy: bool) -> dict[str, Any]:
+    record, cost = entry.record, entry.record.lap.cost
+    decoded = cost.tokens - cost.prefill_calls
+    return {
+        "name": record.name,
+        "library": record.library,
+        "tokens": cost.tokens,
+        "calls": cost.calls,
+        "prefill_calls": cost.prefill_calls,
+        "draft_calls": cost.draft_calls,
+        "tokens_per_call": cost.tokens_per_call,
+        "calls_per_token": cost.calls / decoded,
+        "draft_calls_per_call": cost.draft_calls / cost.calls,
+        "seconds": list(record.seconds),
+        "tokens_per_second": asdict(record.tokens_per_second),
+        "speed_over_plain": asdict(record.speed_over(plain)),
+        "accepted": record.histogram if record.lap.accepted else None,
+        "identical": record.identical_to(plain) if greedy else None,
+        "quality": asdict(entry.quality),
+        "state_bytes": cost.bytes,
+        "draft": asdict(entry.draft) if entry.draft else None,
+    }
+
+
+def _table(race: Mapping[str, Any]) -> Table:
+    setting, machine = race["setting"], race["machine"]
+    law = f"temperature {setting['temperature']:g}" if setting["temperature"] else "greedy"
+    title = f"{setting['model']}: {setting['prompts']} prompts x {setting['max_new_tokens']} tokens, {law}, {setting['dtype']}"
+    bound = f"a call reads {machine['weight_bytes'] / 1e6:.1f} MB: at least {1e3 * machine['bound_seconds']:.2f} ms from memory"
+    caption = f"{bound} at {machine['bandwidth'] / 1e9:.1f} GB/s; measured {1e3 * machine['call_seconds'][1]:.2f} ms per call"
+    table = Table(title=title, caption=caption)
+    for column in ("", "tokens/call", "drafts/call", "tokens/s", "over plain", "identical", "log2 p/token", "draft cost"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in race["entries"]:
+        speed, ratio, draft = row["tokens_per_second"], row["speed_over_plain"], row["draft"]
+        table.add_row(
+            row["name"] if row["library"] == "fewstep" else f"{row['library']} {row['name']}",
+            f"{row['tokens_per_call']:.2f}",
+            f"{row['draft_calls_per_call']:.2f}",
+            f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+            "-" if row["identical"] is None else f"{row['identical']}/{setting['prompts']}",
+            f"{row['quality']['mean']:.3f}",
+            "-" if draft is None else f"{draft['time_ratio']:.2f}",
+        )
+    return table

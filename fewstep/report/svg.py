@@ -1,0 +1,182 @@
+"""Charts as inline SVG: no script, no external resource, colours from the page's style sheet, a text alternative in each.
+
+This file knows shapes, scales and labels; it knows nothing of what is drawn.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import final
+
+_WIDTH, _MARGIN, _CHARACTER, _LINE = 720, 14, 6.9, 16  # pixels; a character of the 13-pixel font is about 6.9 wide
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A named value with its spread. `style` is a class of the style sheet; `note` follows the name."""
+
+    name: str
+    x: float
+    low: float
+    high: float
+    style: str
+    y: float = 0.0
+    note: str = ""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A linear scale from `start` to `stop` in data and from `first` to `last` in pixels."""
+
+    label: str
+    start: float
+    stop: float
+    first: float
+    last: float
+
+    def at(self, value: float) -> float:
+        return self.first + (value - self.start) / (self.stop - self.start) * (self.last - self.first)
+
+    def ticks(self, count: int = 6) -> list[float]:
+        """About `count` round numbers inside the scale."""
+        rough = (self.stop - self.start) / count
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+        first = math.ceil(self.start / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.stop / step + 1e-9) + 1)]
+
+
+def scatter(title: str, description: str, marks: Sequence[Mark], x_label: str, y_label: str, x_stop: float) -> str:
+    """Points (x, y); `low` and `high` are the ends of a vertical whisker. The x axis starts at 0."""
+    height = 380
+    lowest, highest = min(mark.low for mark in marks), max(mark.high for mark in marks)
+    pad = max(0.6 * (highest - lowest), 0.05 * max(abs(lowest), abs(highest)), 1e-3)
+    x_axis = Axis(x_label, 0.0, x_stop, 66, _WIDTH - _MARGIN)
+    y_axis = Axis(y_label, lowest - pad, highest + pad, height - 52, _MARGIN)
+    parts = [*_x_grid(x_axis, y_axis.last, y_axis.first), *_y_grid(y_axis, x_axis.first, x_axis.last)]
+    boxes: list[tuple[float, float, float, float]] = [
+        (x_axis.at(m.x) - 8, y_axis.at(m.y) - 8, x_axis.at(m.x) + 8, y_axis.at(m.y) + 8) for m in marks
+    ]
+    for mark in sorted(marks, key=lambda m: m.x):
+        x, y = x_axis.at(mark.x), y_axis.at(mark.y)
+        text_x, text_y = _free_place(mark.name, x, y, boxes, x_axis, y_axis)
+        boxes.append(_box(mark.name, text_x, text_y))
+        near_y = text_y + 4 if text_y < y else text_y - 12
+        parts += [
+            f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{near_y:.1f}"/>',
+            f'<line class="whisker {mark.style}" x1="{x:.1f}" y1="{y_axis.at(mark.low):.1f}" x2="{x:.1f}" y2="{y_axis.at(mark.high):.1f}"/>',
+            f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(mark.name)}: {escape(mark.note)}</title></circle>',
+            _text(mark.name, text_x, text_y, "middle"),
+        ]
+    return _svg(title, description, height, parts)
+
+
+def bars(title: str, description: str, marks: Sequence[Mark], x_label: str) -> str:
+    """Horizontal bars of length `x` from 0, a whisker from `low` to `high`, the `note` at the end."""
+    left = 18 + _CHARACTER * max(len(mark.name) for mark in marks)
+    right = _WIDTH - 26 - _CHARACTER * max(len(mark.note) for mark in marks)
+    height = 30 * len(marks) + 62
+    axis = Axis(x_label, 0.0, max(mark.high for mark in marks) * 1.02 or 1.0, left, right)
+    parts = _x_grid(axis, _MARGIN, height - 52)
+    for index, mark in enumerate(marks):
+        y = _MARGIN + 8 + 30 * index
+        end, low, high = (axis.at(value) for value in (mark.x, mark.low, mark.high))
+        parts += [
+            _text(mark.name, left - 8, y + 14, "end"),
+            f'<rect class="{mark.style}" x="{left:.1f}" y="{y}" width="{max(0.0, end - left):.1f}" height="20" rx="2"/>',
+            f'<path class="whisker" d="M{low:.1f} {y + 10}H{high:.1f}M{low:.1f} {y + 5}v10M{high:.1f} {y + 5}v10"/>',
+            _text(mark.note, max(end, high) + 8, y + 14, "start"),
+        ]
+    return _svg(title, description, height, parts)
+
+
+def stacks(title: str, description: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
+    """One bar per row, of the shares of its parts, each part with its number (from 1) where there is room."""
+    left = 18 + _CHARACTER * max(len(name) for name, _ in rows)
+    height = 30 * len(rows) + 62
+    axis = Axis(x_label, 0.0, 100.0, left, _WIDTH - 26)
+    parts = _x_grid(axis, _MARGIN, height - 52)
+    for index, (name, shares) in enumerate(rows):
+        y, start = _MARGIN + 8 + 30 * index, 0.0
+        parts.append(_text(name, left - 8, y + 14, "end"))
+        for number, share in enumerate(shares, 1):
+            x, width = axis.at(100 * start), axis.at(100 * (start + share)) - axis.at(100 * start)
+            tip = f"{number} tokens: {100 * share:.1f}% of calls"
+            parts.append(
+                f'<rect class="part" fill-opacity="{min(1.0, 0.15 + 0.2 * number):.2f}" x="{x:.1f}" y="{y}" width="{width:.1f}" '
+                f'height="20"><title>{tip}</title></rect>'
+            )
+            if width > 16:
+                parts.append(_text(str(number), x + width / 2, y + 14, "middle", "strong" if number > 2 else ""))
+            start += share
+    return _svg(title, description, height, parts)
+
+
+def curve(title: str, description: str, points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> str:
+    """A line through `points`, its values written beside them; x is spaced by its logarithm in base 2."""
+    height = 300
+    x_axis = Axis(x_label, 0.0, math.log2(points[-1][0]) or 1.0, 66, _WIDTH - 50)
+    y_axis = Axis(y_label, 0.0, 1.15 * max(y for _, y in points), height - 52, _MARGIN)
+    places = [(x_axis.at(math.log2(x)), y_axis.at(y)) for x, y in points]
+    parts = _y_grid(y_axis, x_axis.first, x_axis.last)
+    parts.append(f'<polyline class="line" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+    for (x, y), (value, ratio) in zip(places, points, strict=True):
+        parts += [
+            f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="4"/>',
+            _text(f"{ratio:.2f}", x, y - 10, "middle"),
+            _text(f"{value:g}", x, y_axis.first + 18, "middle", "tick"),
+        ]
+    parts.append(_text(x_label, (x_axis.first + x_axis.last) / 2, height - 10, "middle", "label"))
+    return _svg(title, description, height, parts)
+
+
+def _svg(title: str, description: str, height: float, parts: Sequence[str]) -> str:
+    label = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{label}{"".join(parts)}</svg>'
+
+
+def _text(text: str, x: float, y: float, anchor: str, style: str = "") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _x_grid(axis: Axis, top: float, bottom: float) -> list[str]:
+    parts = []
+    for tick in axis.ticks():
+        x = axis.at(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(_text(f"{tick:g}", x, bottom + 18, "middle", "tick"))
+    return [*parts, _text(axis.label, (axis.first + axis.last) / 2, bottom + 42, "middle", "label")]
+
+
+def _y_grid(axis: Axis, left: float, right: float) -> list[str]:
+    parts = []
+    for tick in axis.ticks(5):
+        y = axis.at(tick)
+        parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
+        parts.append(_text(f"{tick:g}", left - 8, y + 4, "end", "tick"))
+    middle = (axis.first + axis.last) / 2
+    turned = f'<text class="label" text-anchor="middle" transform="translate(16 {middle:.1f}) rotate(-90)">{escape(axis.label)}</text>'
+    return [*parts, turned]
+
+
+def _box(name: str, x: float, y: float) -> tuple[float, float, float, float]:
+    half = _CHARACTER * len(name) / 2
+    return x - half, y - 12, x + half, y + 4
+
+
+def _free_place(
+    name: str, x: float, y: float, taken: Sequence[tuple[float, float, float, float]], x_axis: Axis, y_axis: Axis
+) -> tuple[float, float]:
+    """Where the name of the point (x, y) covers nothing: above and below it, farther and farther."""
+    half = _CHARACTER * len(name) / 2
+    text_x = min(max(x, x_axis.first + half), x_axis.last - half)
+    for level in range(1, 12):
+        for text_y in (y - 14 - _LINE * (level - 1), y + 26 + _LINE * (level - 1)):
+            x0, y0, x1, y1 = _box(name, text_x, text_y)
+            inside = y0 >= y_axis.last and y1 <= y_axis.first
+            if inside and not any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in taken):
+                return text_x, text_y
+    return text_x, y - 14
