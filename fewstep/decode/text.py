@@ -40,7 +40,9 @@ class GenerationConfig(SamplingConfig):
     keep_logits: bool = False
 
 
-def pick_drafter(model: Model, drafter: str | DrafterConfig | Drafter[Any], load: Load, fields: Mapping[str, object] | None = None) -> Drafter[Any]:
+def pick_drafter(
+    model: Model, drafter: str | DrafterConfig | Drafter[Any], load: Load, fields: Mapping[str, object] | None = None
+) -> Drafter[Any]:
     """The drafter that a name, a config or a drafter stands for.
 
     "auto" is the checkpoint's own heads where it has some, else prompt lookup; "NAME=PATH" sets the path of a second model.
@@ -65,11 +67,15 @@ class Generation:
     without a tokenizer.
     """
 
-    def __init__(self, model: Model, prompts: Prompts, drafter: Drafter[Any], config: GenerationConfig = GenerationConfig()) -> None:
+    def __init__(
+        self, model: Model, prompts: Prompts, drafter: Drafter[Any], config: GenerationConfig = GenerationConfig()
+    ) -> None:
         ids = _encoded(model, prompts)
         rows = len(ids) * config.samples
         if config.stop and model.tokenizer is None:
-            raise ValueError(f"stop={config.stop!r}: the model has no tokenizer to find text with; load it with its tokenizer.json")
+            raise ValueError(
+                f"stop={config.stop!r}: the model has no tokenizer to find text with; load it with its tokenizer.json"
+            )
         self.cost = Cost()
         self._narrator = None if model.tokenizer is None else Narrator(model.tokenizer, rows, config.stop)
         self._transcripts, self._rows = Transcripts(rows), rows
@@ -80,7 +86,14 @@ class Generation:
             keep_logits=config.keep_logits,
         )
         self._events = requests(
-            model.network, drafter, ids, settings, sampling=config, seed=config.seed, samples=config.samples, review=self._narrator
+            model.network,
+            drafter,
+            ids,
+            settings,
+            sampling=config,
+            seed=config.seed,
+            samples=config.samples,
+            review=self._narrator,
         )
 
     def __iter__(self) -> Iterator[Piece]:

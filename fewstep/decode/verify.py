@@ -5,6 +5,7 @@ This file knows neither drafters nor models: only a tree, how its nodes came abo
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fewstep.core.draft import Verdict
 from fewstep.core.mixer import Tree
@@ -33,22 +34,23 @@ def verify(tree: Tree, p: Tensor, rng: Rng) -> Verdict:
 
 
 def _greedy(tree: Tree, p: Tensor) -> Verdict:
-    path, keep = torch.zeros_like(tree.tokens), torch.ones_like(p[:, 0])
     if tree.size == 1:
-        return Verdict(path, keep, p[:, 0])
-    # of several children that agree, the first; -1 parents (the root) and -2 (padding) agree with nothing
-    agrees = (tree.parent >= 0) & (tree.tokens == p.gather(1, tree.parent.clamp(min=0)))
-    current = torch.zeros_like(keep)
-    for depth in range(1, tree.size):
-        child = agrees & (tree.parent == current.unsqueeze(1))
-        found = child.any(1)
-        if not bool(found.any()):
+        return Verdict(torch.zeros_like(tree.tokens), torch.ones_like(p[:, 0]), p[:, 0])
+    agrees = tree.tokens == p.gather(1, tree.parent.clamp(min=0))
+    # a node that disagrees is nobody's next; `none` sorts last and is nobody's parent, so a row that stopped stays stopped
+    none = tree.size
+    index = torch.where(agrees, torch.arange(none, device=p.device), none)
+    path = [torch.zeros_like(p[:, :1])]
+    for _ in range(1, tree.size):
+        child = torch.where(tree.parent == path[-1], index, none).amin(1, keepdim=True)  # of several, the first
+        if int(child.min()) == none:
             break
-        current = torch.where(found, _first(child), -3)  # -3 is nobody's parent: a row that stopped stays stopped
-        path[:, depth] = current.clamp(min=0)
-        keep += found
-    last = path.gather(1, keep.unsqueeze(1) - 1)
-    return Verdict(path, keep, p.gather(1, last).squeeze(1))
+        path.append(child)
+    ended = torch.cat(path, 1)
+    keep = (ended < none).sum(1)
+    order = torch.where(ended < none, ended, 0)
+    last = order.gather(1, keep.unsqueeze(1) - 1)
+    return Verdict(functional.pad(order, (0, tree.size - order.shape[1])), keep, p.gather(1, last).squeeze(1))
 
 
 def _sampled(tree: Tree, p: Tensor, uniform: Tensor) -> Verdict:

@@ -7,7 +7,7 @@ family can say; whether it can is asked by doing both. This file reads no file a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, final
 
 from fewstep.core.recipe import Config, parse
 from fewstep.hub.rope import read_rope, write_rope
@@ -18,18 +18,23 @@ from fewstep.nn.position import RopeConfig
 
 Spelling = Key | bool | str  # a key of config.json, or what is always so in the family
 
-SIZE = 1 << 24
-HEADS = 1 << 16
+_WIDE, _MANY = 1 << 24, 1 << 16  # limits far above any model, so that no product of sizes in a hostile file overflows
+_EPS = Key("rms_norm_eps", float, 1e-6)
+
+
+def _kv_heads(default: int | None) -> Key:
+    return Key("num_key_value_heads", int, default, nullable=True, most=_MANY)
+
 
 _DECODER: Mapping[str, Spelling] = MappingProxyType(
     {
-        "vocab": Key("vocab_size", int, most=SIZE),
-        "width": Key("hidden_size", int, most=SIZE),
-        "depth": Key("num_hidden_layers", int, most=HEADS),
-        "query_heads": Key("num_attention_heads", int, most=HEADS),
-        "hidden": Key("intermediate_size", int, most=SIZE),
-        "activation": Key("hidden_act", str, "silu", values={"silu": "swiglu", "swish": "swiglu"}),
-        "eps": Key("rms_norm_eps", float, 1e-6),
+        "vocab": Key("vocab_size", int, most=_WIDE),
+        "width": Key("hidden_size", int, most=_WIDE),
+        "depth": Key("num_hidden_layers", int, most=_MANY),
+        "query_heads": Key("num_attention_heads", int, most=_MANY),
+        "hidden": Key("intermediate_size", int, most=_WIDE),
+        "activation": Key("hidden_act", str, "silu", words={"silu": "swiglu", "swish": "swiglu"}),
+        "eps": _EPS,
         "tied": Key("tie_word_embeddings", bool, False),
         "max_positions": Key("max_position_embeddings", int),
         "init_std": Key("initializer_range", float, 0.02),
@@ -39,9 +44,9 @@ _DECODER: Mapping[str, Spelling] = MappingProxyType(
 )
 _MIXER: Mapping[str, Spelling] = MappingProxyType(
     {
-        "kv_heads": Key("num_key_value_heads", int, None, nullable=True, most=HEADS),
-        "head_width": Key("head_dim", int, None, nullable=True, most=HEADS),
-        "eps": Key("rms_norm_eps", float, 1e-6),
+        "kv_heads": _kv_heads(None),
+        "head_width": Key("head_dim", int, None, most=_MANY),
+        "eps": _EPS,
         "qk_norm": False,
         "bias": False,
         "out_bias": False,
@@ -63,6 +68,9 @@ _TENSORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 _ATTENTION_BIAS = Key("attention_bias", bool, False)
+_WINDOW, _WINDOWED = Key("sliding_window", int, 4096, nullable=True), Key("use_sliding_window", bool, False)
+_FIRST_WINDOW = Key("max_window_layers", int, 28, least=0)
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @final
@@ -95,12 +103,19 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 decoder={**_DECODER, "mlp_bias": Key("mlp_bias", bool, False)},
                 mixer={**_MIXER, "bias": _ATTENTION_BIAS, "out_bias": _ATTENTION_BIAS},
             ),
-            Family("mistral", "MistralForCausalLM", windows="all"),
-            Family("qwen2", "Qwen2ForCausalLM", mixer={**_MIXER, "bias": True}, windows="layers"),
+            Family("mistral", "MistralForCausalLM", mixer={**_MIXER, "kv_heads": _kv_heads(8)}, windows="all"),
+            Family("qwen2", "Qwen2ForCausalLM", mixer={**_MIXER, "kv_heads": _kv_heads(32), "bias": True}, windows="layers"),
             Family(
                 "qwen3",
                 "Qwen3ForCausalLM",
-                mixer={**_MIXER, "qk_norm": True, "bias": _ATTENTION_BIAS, "out_bias": _ATTENTION_BIAS},
+                mixer={
+                    "kv_heads": _kv_heads(32),
+                    "head_width": Key("head_dim", int, 128, most=_MANY),
+                    "eps": _EPS,
+                    "qk_norm": True,
+                    "bias": _ATTENTION_BIAS,
+                    "out_bias": _ATTENTION_BIAS,
+                },
                 windows="layers",
             ),
         )
@@ -130,7 +145,8 @@ def read_config(family: Family, values: Mapping[str, Any]) -> DecoderConfig:
     mixer["kv_heads"] = mixer["kv_heads"] or decoder["query_heads"]
     mixer["head_width"] = mixer["head_width"] or decoder["width"] // decoder["query_heads"]
     windows = _read_windows(family, values, decoder["depth"])
-    mixers = tuple(parse(AttentionConfig, {**mixer, "window": window}, "mixer") for window in windows)
+    made = {window: parse(AttentionConfig, {**mixer, "window": window}, "mixer") for window in {*windows}}
+    mixers = [made[window] for window in windows]
     position = read_rope(values, decoder["max_positions"])
     return parse(DecoderConfig, {**decoder, "mixers": _shortest(mixers), "position": position})
 
@@ -138,7 +154,7 @@ def read_config(family: Family, values: Mapping[str, Any]) -> DecoderConfig:
 def write_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
     """The config.json of `config` in the words of `family`. Raises ValueError if they do not say exactly this decoder."""
     config = explicit(config)
-    mixers = cast(tuple[Any, ...], config.mixers)
+    mixers = config.mixers
     if not all(isinstance(mixer, AttentionConfig) for mixer in mixers) or not isinstance(config.position, RopeConfig):
         raise ValueError(f"{family.model_type} cannot say anything but attention with rotary positions")
     values: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
@@ -146,17 +162,20 @@ def write_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
     windows = [mixers[layer % len(mixers)].window for layer in range(config.depth)]
     values |= _write_windows(family, windows) | write_rope(config.position)
     said = read_config(family, values)
-    unsaid = [*_differences(config, said), *_differences(mixers[0], said.mixers[0])]
-    if unsaid:
+    if said != config:
+        unsaid = _differences(mixers[0], said.mixers[0]) or _differences(config, said)
         raise ValueError(f"{family.model_type} cannot say {', '.join(unsaid)}")
     return values
 
 
 def explicit(config: DecoderConfig) -> DecoderConfig:
-    """The trunk of `config` with nothing left open, so that equal decoders have equal configs; its heads are left out."""
-    given = cast(tuple[Any, ...], config.mixers)
+    """The trunk of `config` with nothing left open, so that equal decoders have equal configs.
+
+    Its heads are left out, and how its embedding was first drawn, for which no family has a word.
+    """
+    given = config.mixers
     mixers = tuple(_explicit_mixer(given[layer % len(given)], config) for layer in range(config.depth))
-    return config.model_copy(update={"mixers": _shortest(mixers), "heads": ()})
+    return config.model_copy(update={"mixers": _shortest(mixers), "heads": (), "embed_std": None})
 
 
 def _explicit_mixer(mixer: Any, config: DecoderConfig) -> Any:
@@ -185,20 +204,16 @@ def _write(spellings: Mapping[str, Spelling], fields: Mapping[str, Any]) -> dict
     return {key.name: key.write(fields[name]) for name, key in spellings.items() if isinstance(key, Key)}
 
 
-_WINDOW = Key("sliding_window", int, 4096, nullable=True)
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-
-
 def _read_windows(family: Family, values: Mapping[str, Any], depth: int) -> list[int | None]:
     """The window of each layer, None where it sees everything."""
     if family.windows == "none":
         return [None] * depth
     if family.windows == "all":
         return [_WINDOW.read(values)] * depth
-    window = _WINDOW.read(values) if Key("use_sliding_window", bool, False).read(values) else None
+    window = _WINDOW.read(values) if _WINDOWED.read(values) else None
     types = values.get("layer_types")
     if types is None:
-        first = Key("max_window_layers", int, 28, least=0).read(values)
+        first = _FIRST_WINDOW.read(values)
         return [window if layer >= first else None for layer in range(depth)]
     if not isinstance(types, list) or len(types) != depth or not {*map(str, types)} <= {_SLIDING, _FULL}:
         raise ValueError(f"layer_types: expected {_FULL} or {_SLIDING} for each of the {depth} layers; fewstep has no others")

@@ -1,6 +1,5 @@
 """A network's tensors under a family's names. This file knows what is fused here; what a family calls it stands in its table."""
 
-from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -31,11 +30,6 @@ def family_names(network: Decoder, family: Family) -> dict[str, Tensor]:
         for part, piece in zip(parts, _split(tensor, _shares(network, module, len(parts))), strict=True):
             named[f"{part}.{leaf}"] = piece
     return named
-
-
-def computed(name: str, family: Family) -> bool:
-    """Whether a stored tensor only repeats what the config says."""
-    return name.endswith(family.computed)
 
 
 def _parts(module: str, family: Family) -> list[str]:

@@ -1,30 +1,29 @@
 """A key of a config.json: what it must be, and what its absence means. This file knows no family."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, final
 
 _NEEDED: Any = object()
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WORDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @final
 @dataclass(frozen=True)
 class Key:
-    """`name` holds a `type` (numbers from `least` to `most`; null only if `nullable`), `default` where it is left out.
+    """`name` holds a `kind` of value (an int from `least`, a float above 0, both up to `most`), or is left out for `default`.
 
-    `values`: the words of config.json and what they are called here; the first of several for the same is written.
+    null is taken if `nullable`, or where it is the default.
+    `words`: those of config.json and what they are called here; the first of several for the same is written.
     """
 
     name: str
-    type: type[int] | type[float] | type[bool] | type[str]
+    kind: type[int] | type[float] | type[bool] | type[str]
     default: Any = _NEEDED
     nullable: bool = False
     least: int = 1
-    most: float = math.inf
-    values: Mapping[str, str] = MappingProxyType({})
+    most: float = 1e18
+    words: Mapping[str, str] | None = None
 
     def read(self, values: Mapping[str, Any]) -> Any:
         """The value in `values`. Raises ValueError: key, value, what was expected."""
@@ -37,18 +36,19 @@ class Key:
 
     def write(self, value: Any) -> Any:
         """What `read` reads as `value`."""
-        return next((theirs for theirs, ours in self.values.items() if ours == value), value)
+        return next((theirs for theirs, ours in (self.words or {}).items() if ours == value), value)
 
     def _checked(self, value: Any) -> Any:
-        if self.values:
-            if not isinstance(value, str) or value not in self.values:
-                raise ValueError(f"{self.name}={value!r}: not supported; fewstep has {', '.join(self.values)}")
-            return self.values[value]
-        wanted = (int, float) if self.type is float else self.type
-        if not isinstance(value, wanted) or isinstance(value, bool) is not (self.type is bool):
-            raise ValueError(f"{self.name}={value!r}: expected {_WORDS[self.type]}")
-        if self.type is int and not self.least <= value <= self.most:
-            raise ValueError(f"{self.name}={value!r}: expected {_WORDS[int]} from {self.least} to {self.most}")
-        if self.type is float and not 0 < value < self.most:
-            raise ValueError(f"{self.name}={value!r}: expected a number above 0")
+        if self.words is not None:
+            if not isinstance(value, str) or value not in self.words:
+                raise ValueError(f"{self.name}={value!r}: not supported; fewstep has {', '.join(self.words)}")
+            return self.words[value]
+        accepted = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, accepted) or isinstance(value, bool) is not (self.kind is bool):
+            raise ValueError(f"{self.name}={value!r}: expected {_WORDS[self.kind]}")
+        number: Any = value
+        if self.kind is int and not self.least <= number <= self.most:
+            raise ValueError(f"{self.name}={value}: expected {_WORDS[int]} from {self.least} to {self.most:g}")
+        if self.kind is float and not 0 < number <= self.most:
+            raise ValueError(f"{self.name}={value}: expected a number above 0, up to {self.most:g}")
         return value

@@ -43,11 +43,16 @@ class DecoderConfig(BlockConfig):
     tied: bool = True
     max_positions: int | None = Field(default=2048, ge=1)
     init_std: float = Field(default=0.02, gt=0)
+    embed_std: float | None = Field(default=None, gt=0)  # None: init_std
 
     @model_validator(mode="after")
     def _is_whole(self) -> "DecoderConfig":
         if not self.mixers:
             raise ValueError("mixers=(): empty; name at least one mixer, e.g. ['attention']")
+        if self.tied and self.embed_std is not None:
+            raise ValueError(
+                f"embed_std={self.embed_std}: a tied embedding starts as an output layer does; set tied=false or leave it out"
+            )
         drafters = [head.drafter for head in self.heads]
         twice = next((name for name in drafters if drafters.count(name) > 1), None)
         if twice is not None:
@@ -80,7 +85,7 @@ class Decoder(nn.Module):
         self.max_positions = config.max_positions
         self.recompute = False  # activation checkpointing of each block in `forward`
         mixer: Any = config.mixers[0]
-        head_width = mixer.head_width or config.width // config.query_heads
+        _, head_width = mixer.widths(config.width, config.query_heads)
         position_config: Any = config.position
         self.position = position_config.build(head_width=head_width)
         self.embedding = nn.Embedding(config.vocab, config.width)
@@ -203,4 +208,4 @@ class Decoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=self.config.embed_std or std)

@@ -5,17 +5,18 @@ families of no other library.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fewstep.core.recipe import Config, resolve
 from fewstep.models.decoder import Decoder, DecoderConfig
-from fewstep.models.weights import check, distinct, fill, floating, headers, read_json, shards, write
+from fewstep.models.weights import Stored, check, distinct, fill, floating, headers, read_json, shards, write
 from fewstep.text.chat import ChatTemplate
 from fewstep.text.tokenizer import Tokenizer
 
@@ -47,26 +48,39 @@ def settings_of(directory: Path) -> dict[str, str]:
 
 def assemble(
     config: DecoderConfig,
-    files: Sequence[Path],
+    stored: Mapping[str, Stored],
+    source: str,
     *,
     device: torch.device | str,
     dtype: str | torch.dtype,
     named: Callable[[Decoder], Mapping[str, Tensor]] = lambda network: network.state_dict(keep_vars=True),
 ) -> Decoder:
-    """The decoder of `config` with the weights in `files`; `named` gives its tensors (or views of them) by their stored names.
+    """The decoder of `config` with the `stored` weights; `named` gives its tensors, or views of them, by their stored names.
 
-    `dtype`: "auto" takes that of the files. Cost: the model and the pages of one file. Raises ValueError for a damaged file or
-    weights that do not fit, before the memory is taken.
+    `dtype`: "auto" takes the narrowest that holds what is stored. Cost: the memory of the model, and the pages of one file.
+    Raises ValueError, naming `source`, for weights that do not fit, before that memory is taken.
     """
-    source, stored = str(files[0].parent), headers(files)
-    with torch.device("meta"):
-        network = config.build()
+    if config.depth > len(stored):
+        raise ValueError(f"{source}: {len(stored)} tensors for {config.depth} layers; the weights belong to another config")
+    with torch.device("meta"), _Undrawn():
+        try:
+            network = config.build()
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     check(named(network), stored, source)
     network = network.to(floating(stored) if dtype == "auto" else dtype_of(dtype)).to_empty(device=device)
     if config.tied:
         network.head.weight = network.embedding.weight  # to_empty made two tensors of the one
     fill(named(network), stored)
     return network
+
+
+@final
+class _Undrawn(TorchFunctionMode):
+    """Leaves new weights undrawn: they are about to be read, and torch imports its compiler to draw on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
 
 
 @final
@@ -117,7 +131,7 @@ class Model:
             raise ValueError(f"{directory / 'recipe.json'}: no section 'model'; this is not a model's recipe")
         config = cast(DecoderConfig, resolve(recipe["model"], MODELS, "model"))
         tokenizer = read_tokenizer(directory, config.vocab)
-        network = assemble(config, shards(directory), device=device, dtype=dtype)
+        network = assemble(config, headers(shards(directory)), str(directory), device=device, dtype=dtype)
         return cls(network, tokenizer, recipe, chat=ChatTemplate.load(directory), settings=settings_of(directory))
 
     def save(self, directory: Path | str, dtype: str | torch.dtype | None = None) -> None:
@@ -144,7 +158,7 @@ def suited(tokenizer: Tokenizer | None, vocab: int) -> None:
 
 
 def read_tokenizer(directory: Path, vocab: int) -> Tokenizer | None:
-    """The tokenizer in `directory` for a model of `vocab` tokens, None if there is none. Raises ValueError for one that does not fit."""
+    """The tokenizer in `directory`, None if there is none. Raises ValueError for one with more than `vocab` ids."""
     if not (directory / "tokenizer.json").is_file():
         return None
     tokenizer = Tokenizer.load(directory)

@@ -107,7 +107,7 @@ def check(own: Mapping[str, Tensor], stored: Mapping[str, Stored], source: str) 
 
 @torch.no_grad()
 def fill(own: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
-    """Copy into `own` what `check` found in order. Files are mapped one at a time: what is in memory beside the model can be dropped.
+    """Copy into `own` what `check` found in order. Files are mapped, one at a time, so their pages can be dropped at any moment.
 
     Raises ValueError for a tensor that is stored under two names with different values though the model ties them.
     """
@@ -116,7 +116,9 @@ def fill(own: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
         own[name].copy_(value)
     for name, value in _read(stored, stored.keys() - first):
         if not torch.equal(own[name], value.to(own[name])):
-            raise ValueError(f"{stored[name].file}: {name} differs from the tensor this model ties it to; untie them in the config")
+            raise ValueError(
+                f"{stored[name].file}: {name} differs from the tensor this model ties it to; untie them in the config"
+            )
 
 
 def floating(stored: Mapping[str, Stored]) -> torch.dtype:
@@ -130,7 +132,7 @@ def distinct(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path: Path, named: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Save `named` as `dtype` (None: as they are) at `path`, whole or not at all. Raises ValueError when the disk refuses (e.g. full)."""
+    """Save `named` as `dtype` (None: as they are) at `path`, whole or not at all. Raises ValueError when the disk refuses."""
     partial = path.with_name(f".{path.name}.partial")
     portable = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
     try:

@@ -52,4 +52,4 @@ def _dense(mask: object, place: Tensor) -> Tensor:
             return (key <= query) | (place < length[:, None])[:, None, :]
         case Dense(dense):
             return dense
-    raise ValueError(f"mask={mask!r}: not a mask; choose one of core.mixer.Mask")
+    raise ValueError(f"mask={type(mask).__name__}: not a mask; choose one of core.mixer.Mask")

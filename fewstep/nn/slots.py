@@ -23,11 +23,14 @@ class Moves:
     source: Tensor
     target: Tensor
 
-    def apply(self, cache: Tensor) -> None:
-        """In place on `cache` [B,C,S,E] (slots along dimension 2)."""
+    def apply(self, cache: Tensor) -> Tensor:
+        """`cache` [B,C,S,E] (slots along dimension 2) after the copies; in place unless it carries a graph."""
         shape = (-1, cache.shape[1], -1, cache.shape[3])
+        if cache.requires_grad:  # a scatter's backward would count each repeat
+            slots = torch.arange(cache.shape[2], device=cache.device).expand(cache.shape[0], -1)
+            return cache.gather(2, slots.scatter(1, self.target, self.source)[:, None, :, None].expand(shape))
         kept = cache.gather(2, self.source[:, None, :, None].expand(shape))
-        cache.scatter_(2, self.target[:, None, :, None].expand(shape), kept)
+        return cache.scatter_(2, self.target[:, None, :, None].expand(shape), kept)
 
 
 @final

@@ -14,7 +14,7 @@ from pydantic import Field
 from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost
 from fewstep.core.model import Target
-from fewstep.core.recipe import Config
+from fewstep.core.recipe import Config, suggestion
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.mtp import MultiTokenConfig
@@ -30,22 +30,22 @@ _TREES = ((2, 1, 1), (3, 2, 1))
 
 
 @final
-class RacePlan(Config):
+class RaceConfig(Config):
     """What a race holds equal for everybody.
 
-    `max_new_tokens` are emitted for each of the first `prompts` prompts, `batch` at a time, an end-of-text token or not.
-    `rounds` passes are made over all of them. `budget`: the nodes a tree may have. `peers`: other libraries run too, where
-    installed. `threads`: of the CPU (0: as they are).
+    `drafters`: names of `entrants` or of the registry, "draft_model=PATH" too; (): all that the model can run with.
+    `max_new_tokens` are emitted for each of the first `count` prompts, `batch` at a time, an end-of-text token or not. `rounds`
+    passes are made over all of them. `budget`: the nodes a tree may have. `peers`: other libraries run too, where installed.
     """
 
-    max_new_tokens: int = Field(64, ge=2)
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    prompts: int = Field(16, ge=1)
-    rounds: int = Field(5, ge=1)
-    batch: int = Field(1, ge=1)
-    budget: int = Field(16, ge=1)
+    drafters: tuple[str, ...] = ()
+    max_new_tokens: int = Field(default=64, ge=2)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    rounds: int = Field(default=3, ge=1)
+    count: int = Field(default=16, ge=1)
+    batch: int = Field(default=1, ge=1)
+    budget: int = Field(default=16, ge=1)
     peers: bool = True
-    threads: int = Field(0, ge=0)
     seed: int = 0
 
     @property
@@ -60,16 +60,22 @@ class RacePlan(Config):
 @final
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """One pass over some prompts: the new `tokens` of each and their cost; per call, the drafts it `accepted` and had `drafted`."""
+    """One pass over some prompts: the new `tokens` of each and their cost; per call, the drafts it `accepted` and had `drafted`;
+    the seconds until all prompts were evaluated (0: not known)."""
 
     tokens: list[list[int]] = field(default_factory=list)
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
 
     def __add__(self, other: "Lap") -> "Lap":
         return Lap(
-            self.tokens + other.tokens, self.cost + other.cost, self.accepted + other.accepted, self.drafted + other.drafted
+            self.tokens + other.tokens,
+            self.cost + other.cost,
+            self.accepted + other.accepted,
+            self.drafted + other.drafted,
+            self.prefill_seconds + other.prefill_seconds,
         )
 
 
@@ -88,32 +94,51 @@ class Ours:
 
     library = "fewstep"
 
-    def __init__(self, name: str, target: Target, drafter: Drafter[Any], plan: RacePlan) -> None:
+    def __init__(self, name: str, target: Target, drafter: Drafter[Any], config: RaceConfig) -> None:
         self.name, self.drafter = name, drafter
-        self._target, self._plan = target, plan
+        self._target, self._config = target, config
 
     def run(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Lap:
         transcripts, lap = Transcripts(len(prompts)), Lap()
-        plan = self._plan
-        for event in requests(self._target, self.drafter, prompts, plan.settings, sampling=plan.sampling, seed=seeds):
+        config, prefill = self._config, 0.0
+        for event in requests(self._target, self.drafter, prompts, config.settings, sampling=config.sampling, seed=seeds):
             transcripts.take(event)
             step = event.payload
             if step.calls:
                 lap.accepted.extend(step.drafted.tolist())
                 lap.drafted.extend((step.nodes - 1).tolist())
-        return Lap([done.tokens for done in transcripts.completions()], event.cost, lap.accepted, lap.drafted)
+            else:
+                prefill = event.cost.seconds
+        tokens = [done.tokens for done in transcripts.completions()]
+        return Lap(tokens, event.cost, lap.accepted, lap.drafted, prefill)
 
 
-def entrants(target: Target, draft: str | None = None) -> dict[str, DrafterConfig]:
-    """The drafters that `target` can run with by name, plain decoding first; `draft`: the directory of a draft model."""
+def entrants(target: Target, names: Sequence[str] = ()) -> dict[str, DrafterConfig]:
+    """The drafters that `target` can run with, by name, plain decoding first; `names` are as in `RaceConfig.drafters`.
+
+    Raises ValueError for a name that is none of them.
+    """
+    known = _known(target)
+    chosen = {PLAIN: known[PLAIN]}
+    for name in names:
+        kind, _, path = name.partition("=")
+        found = {key: config for key, config in known.items() if name in (key, config.kind)}
+        if kind == DraftModelConfig.kind:
+            found = {"draft model": DraftModelConfig(path=path)}
+        if not found:
+            next_move = suggestion(name, [*known, f"{DraftModelConfig.kind}=PATH"])
+            raise ValueError(f"drafters={name!r}: this model cannot run with it; {next_move}")
+        chosen |= found
+    return chosen if names else known
+
+
+def _known(target: Target) -> dict[str, DrafterConfig]:
     found: dict[str, DrafterConfig] = {PLAIN: SilentConfig(), "ngram": NgramConfig()}
     heads = target.heads.get("mtp")
     if isinstance(heads, SequentialHeads | ParallelHeads):
         found["mtp chain"] = MultiTokenConfig()
         for tree in dict.fromkeys(tree[: heads.depth] for tree in _TREES):
             found[f"mtp tree {'-'.join(map(str, tree))}"] = MultiTokenConfig(branching=tree)
-    if draft:
-        found["draft model"] = DraftModelConfig(path=draft)
     return found
 
 
@@ -134,12 +159,14 @@ class Spread:
 @final
 @dataclass(frozen=True, slots=True)
 class Record:
-    """How a contestant did: its first round, which it repeated, and the wall-clock seconds of every round."""
+    """How a contestant did: its first round, which it repeated, and the wall-clock seconds of every round, `prefill_seconds` of
+    which went to the prompts (0: not known)."""
 
     name: str
     library: str
     lap: Lap
     seconds: tuple[float, ...]
+    prefill_seconds: tuple[float, ...]
 
     @property
     def tokens_per_second(self) -> Spread:
@@ -149,6 +176,14 @@ class Record:
     def speed_over(self, other: "Record") -> Spread:
         """How many times faster than `other`, round by round."""
         return Spread.of([theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
+
+    def decoding_speed_over(self, other: "Record") -> Spread:
+        """The same without the prompts."""
+        mine, theirs = (
+            [all_of - prompts for all_of, prompts in zip(record.seconds, record.prefill_seconds, strict=True)]
+            for record in (self, other)
+        )
+        return Spread.of([b / a for a, b in zip(mine, theirs, strict=True)])
 
     def identical_to(self, other: "Record") -> int:
         """The prompts that both continue with the same tokens."""
@@ -166,30 +201,31 @@ class Record:
 def compete(
     contestants: Sequence[Contestant],
     prompts: Sequence[Sequence[int]],
-    plan: RacePlan,
+    config: RaceConfig,
     advance: Callable[[str], None] = lambda name: None,
 ) -> list[Record]:
-    """Run all `contestants` over all `prompts`, `plan.rounds` times, after one batch each to warm up.
+    """Run all `contestants` over all `prompts`, `config.rounds` times, after one batch each to warm up.
 
     They take turns batch by batch and whoever starts changes each time, so that whatever else the machine does, it does to all.
     `advance` is called after every batch with the name of who ran it.
     """
-    batches = [prompts[start : start + plan.batch] for start in range(0, len(prompts), plan.batch)]
-    seeds = [range(plan.seed + start, plan.seed + start + plan.batch) for start in range(0, len(prompts), plan.batch)]
+    batches = [prompts[start : start + config.batch] for start in range(0, len(prompts), config.batch)]
+    seeds = [range(config.seed + start, config.seed + start + config.batch) for start in range(0, len(prompts), config.batch)]
     laps = [Lap() for _ in contestants]
-    seconds = [[0.0] * plan.rounds for _ in contestants]
+    seconds, prefill = ([[0.0] * config.rounds for _ in contestants] for _ in range(2))
     for contestant in contestants:
         contestant.run(batches[0], seeds[0][: len(batches[0])])
         advance(contestant.name)
-    for turn in range(plan.rounds):
+    for turn in range(config.rounds):
         for index, batch in enumerate(batches):
             for place in range(len(contestants)):
                 who = (place + turn + index) % len(contestants)
                 start = time.perf_counter()
                 lap = contestants[who].run(batch, seeds[index][: len(batch)])
                 seconds[who][turn] += time.perf_counter() - start
+                prefill[who][turn] += lap.prefill_seconds
                 if turn == 0:
                     laps[who] += lap
                 advance(contestants[who].name)
-    pairs = zip(contestants, laps, seconds, strict=True)
-    return [Record(contestant.name, contestant.library, lap, tuple(times)) for contestant, lap, times in pairs]
+    rows = zip(contestants, laps, seconds, prefill, strict=True)
+    return [Record(who.name, who.library, lap, tuple(times), tuple(prompt)) for who, lap, times, prompt in rows]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,9 @@ def call_seconds(target: Target, prompt: Sequence[int], sizes: Sequence[int]) ->
     return {count: median(times[_WARMUP:]) for count, times in seconds.items()}
 
 
-def draft_cost(target: Target, drafter: Drafter[Any], prompts: Sequence[Sequence[int]], call: float, sampling: SamplingConfig) -> DraftCost:
+def draft_cost(
+    target: Target, drafter: Drafter[Any], prompts: Sequence[Sequence[int]], call: float, sampling: SamplingConfig
+) -> DraftCost:
     """What one proposal of `drafter` costs while it decodes `prompts`; `call`: the seconds of a target call on one token."""
     device = placement(target)[0]
     read: list[int] = []
@@ -181,7 +183,7 @@ class _Watched:
 
     def propose(self, root: Tensor, state: Any, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, Any]:
         with self._around():
-            return cast(tuple[Tree, Any], self._drafter.propose(root, state, handle, budget, rng))
+            return self._drafter.propose(root, state, handle, budget, rng)
 
     def observe(self, tree: Tree, verdict: Verdict, hidden: Mapping[str, Tensor], state: Any) -> Any:
         return self._drafter.observe(tree, verdict, hidden, state)

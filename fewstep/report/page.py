@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from fewstep.report.svg import Mark, bars, curve, scatter, stacks
 
@@ -27,10 +26,10 @@ def page(race: Mapping[str, Any]) -> str:
     best = max(ours, key=lambda row: row["tokens_per_call"])
     fastest = max(ours, key=lambda row: row["tokens_per_second"]["median"])
     charts = {
-        "quality": Markup(_quality(rows, race["setting"])),
-        "speed": Markup(_speed(rows)),
-        "accepted": Markup(_accepted(rows)),
-        "verification": Markup(_verification(race["machine"])),
+        "quality": _quality(rows, race["setting"]),
+        "speed": _speed(rows),
+        "accepted": _accepted(rows),
+        "verification": _verification(race["machine"]),
     }
     template = environment.get_template("race.html.j2")
     return template.render(race=race, rows=rows, best=best, fastest=fastest, **charts)

@@ -1,4 +1,4 @@
-"""Contestants from `transformers`: the same weights through its own `generate`. Optional: nothing here is needed to run fewstep."""
+"""Contestants from `transformers`: the same weights through its own `generate`. Nothing here is needed to run fewstep."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,24 +10,24 @@ from torch import nn
 from fewstep.core.event import Cost
 from fewstep.hub.save import save_hf
 from fewstep.models.model import Model
-from fewstep.report.contest import Contestant, Lap, RacePlan
+from fewstep.report.contest import Contestant, Lap, RaceConfig
 
 LIBRARY = "transformers"
 _LOOKUP = 10  # tokens, as in its documentation
 
 
-def transformers_peers(model: Model, draft: Model | None, plan: RacePlan, directory: Path) -> list[Contestant]:
+def transformers_peers(model: Model, draft: Model | None, config: RaceConfig, directory: Path) -> list[Contestant]:
     """`generate` plain, with prompt lookup, and assisted by `draft` if there is one; exports go to `directory`.
 
     Its speculative modes take one prompt at a time, so a larger batch leaves plain `generate` alone. Raises ValueError when
     transformers is missing or has no architecture for these weights.
     """
     network = _exported(model, directory / "target")
-    peers: list[Contestant] = [Generate("generate", network, plan)]
-    if plan.batch == 1:
-        peers.append(Generate("prompt lookup", network, plan, lookup=_LOOKUP))
+    peers: list[Contestant] = [Generate("generate", network, config)]
+    if config.batch == 1:
+        peers.append(Generate("prompt lookup", network, config, lookup=_LOOKUP))
         if draft is not None:
-            peers.append(Generate("assisted", network, plan, assistant=_exported(draft, directory / "draft")))
+            peers.append(Generate("assisted", network, config, assistant=_exported(draft, directory / "draft")))
     return peers
 
 
@@ -37,9 +37,9 @@ class Generate:
 
     library = LIBRARY
 
-    def __init__(self, name: str, network: Any, plan: RacePlan, *, lookup: int | None = None, assistant: Any = None) -> None:
+    def __init__(self, name: str, network: Any, config: RaceConfig, *, lookup: int | None = None, assistant: Any = None) -> None:
         self.name = name
-        self._network, self._assistant, self._plan = network, assistant, plan
+        self._network, self._assistant, self._config = network, assistant, config
         self._options: dict[str, Any] = {"assistant_model": assistant} if assistant is not None else {}
         if lookup:
             self._options["prompt_lookup_num_tokens"] = lookup
@@ -59,9 +59,11 @@ class Generate:
         return Lap(tokens, Cost((made - 1) * rows, draft_made * rows, rows, sum(map(len, tokens))))
 
     def _law(self) -> dict[str, Any]:
-        plan = self._plan
-        law = {"do_sample": True, "temperature": plan.temperature, "top_k": 0, "top_p": 1.0} if plan.temperature else {"do_sample": False}
-        return {"max_new_tokens": plan.max_new_tokens, **law}
+        config = self._config
+        law: dict[str, Any] = {"do_sample": False}
+        if config.temperature:
+            law = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+        return {"max_new_tokens": config.max_new_tokens, **law}
 
 
 @final
@@ -91,7 +93,7 @@ def _exported(model: Model, directory: Path) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     save_hf(model, directory)
-    network = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype, local_files_only=True)
+    network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype, local_files_only=True)
     network.generation_config.eos_token_id = None  # every contestant emits the same number of tokens
     network.generation_config.pad_token_id = 0
     return network.to(model.device).eval()

@@ -31,7 +31,7 @@ _SHORTEST, _LONGEST, _REFERENCE = 100, 160, 128  # tokens
 @final
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A piece of a held-out document, `name` its place ("json/decoder.py:120"), and the `reference` text that follows it there."""
+    """A piece of a held-out document, its place `name` ("json/decoder.py:120"), and the `reference` text that follows."""
 
     name: str
     prompt: str
@@ -107,7 +107,8 @@ def _cut(document: Document, tokenizer: Tokenizer, rng: CounterRng) -> list[Prom
     # line by line a text may take a few more tokens than as a whole
     ends = torch.tensor([len(ids) for ids in tokenizer.encode_documents(lines)]).cumsum(0)
     wanted = _SHORTEST + (_LONGEST - _SHORTEST) * rng.split(document.name).uniform(len(lines))[0]
-    prompts, start = [], 0
+    prompts: list[Prompt] = []
+    start = 0
     while True:
         before = int(ends[start - 1]) if start else 0
         middle = _line_at(ends, before + float(wanted[start]))

@@ -23,19 +23,20 @@ from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.hub.load import load
 from fewstep.models.model import Model
-from fewstep.report.contest import PLAIN, Contestant, Ours, RacePlan, Record, compete, entrants
+from fewstep.report.contest import PLAIN, Contestant, Ours, RaceConfig, Record, compete, entrants
 from fewstep.report.costs import DraftCost, Machine, draft_cost, machine_costs
 from fewstep.report.page import write_page
 from fewstep.report.peers import LIBRARY, transformers_peers
-from fewstep.report.prompts import Prompt
+from fewstep.report.prompts import Prompt, prompts_for, read_prompts
 
+PAGE = "race.html"
 _PROFILED = 4  # prompts on which proposals are timed
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The mean log2-probability per token that the target itself gives to the emitted text, and its standard error over prompts."""
+    """The mean log2-probability per token of the emitted text under the target, and its standard error over prompts."""
 
     mean: float
     error: float
@@ -76,49 +77,73 @@ class Race:
         return _table(self.as_dict())
 
 
+def race_decode_model(
+    model: Model,
+    config: RaceConfig,
+    directory: Path,
+    prompts: Path | None = None,
+    *,
+    source: str = "",
+    console: Console | None = None,
+) -> Race:
+    """`race_decode` as a command: prompts from a file or, without one, those of the model, and the result printed.
+
+    `source`: what the model was loaded from (default: the name in its recipe). Raises ValueError as `race_decode` does, and when
+    there are no prompts.
+    """
+    console = console or Console()
+    source = source or str(model.recipe.get("name", "model"))
+    held_out = read_prompts(prompts) if prompts else prompts_for(source, model, config.count, config.seed)
+    race = race_decode(model, held_out, config, directory, name=Path(source).name, console=console)
+    console.print(race.table())
+    console.print(f"{(directory / PAGE).resolve()}", soft_wrap=True)
+    return race
+
+
 def race_decode(
     model: Model,
     prompts: Sequence[Prompt],
-    drafters: Mapping[str, DrafterConfig] | None = None,
-    plan: RacePlan = RacePlan(),
+    config: RaceConfig = RaceConfig(),
     directory: Path | str | None = None,
     *,
     name: str = "model",
     console: Console | None = None,
 ) -> Race:
-    """Race `drafters` (None: all that the model can run with) and the peers over `prompts`.
+    """Race the drafters, and the peers where installed, over `prompts`; plain decoding always takes part.
 
-    Plain decoding always takes part. With a `directory`, `race.json` and the page `race.html` are written there. `name` is the
-    model's in both. Raises ValueError for a drafter that does not fit the model, or prompts beyond its context.
+    With a `directory`, `race.json` and the page are written there. `name` is the model's in both. Raises ValueError for a drafter
+    that does not fit the model, or prompts beyond its context.
     """
     if model.tokenizer is None:
         raise ValueError(f"model={name!r}: has no tokenizer to read prompts with; load it with its tokenizer.json")
-    console = console or Console()
-    chosen = {PLAIN: entrants(model.network)[PLAIN], **(entrants(model.network) if drafters is None else drafters)}
-    ids = [model.tokenizer.encode(prompt.prompt) for prompt in prompts[: plan.prompts]]
-    with threads(plan.threads), tempfile.TemporaryDirectory() as exports:
-        ours = [Ours(key, model.network, config.build(model.network, lambda path: _like(model, path).network), plan) for key, config in chosen.items()]
-        draft = next((config.path for config in chosen.values() if isinstance(config, DraftModelConfig)), None)
-        peers, notes = _peers(model, draft, plan, Path(exports))
+    chosen = entrants(model.network, config.drafters)
+    ids = [model.tokenizer.encode(prompt.prompt) for prompt in prompts[: config.count]]
+    with tempfile.TemporaryDirectory() as exports:
+        ours = [
+            Ours(key, model.network, drafter.build(model.network, lambda path: _like(model, path).network), config)
+            for key, drafter in chosen.items()
+        ]
+        draft = next((drafter.path for drafter in chosen.values() if isinstance(drafter, DraftModelConfig)), None)
+        peers, notes = _peers(model, draft, config, Path(exports))
         contestants: list[Contestant] = [*ours, *peers]
-        with bar(console, len(contestants) * (1 + plan.rounds * math.ceil(len(ids) / plan.batch))) as advance:
-            records = compete(contestants, ids, plan, advance)
-        machine = machine_costs(model.network, ids[0])
-        costs = _draft_costs(model, ours, ids, plan, machine)
-        setting = _setting(model, name, plan, len(ids), chosen)
+        total = len(contestants) * (1 + config.rounds * math.ceil(len(ids) / config.batch))
+        with bar(console or Console(), total) as advance:
+            records = compete(contestants, ids, config, advance)
+    machine = machine_costs(model.network, ids[0])
+    costs = _draft_costs(model, ours, ids, config, machine)
     entries = tuple(Entry(record, quality(model, ids, record.lap.tokens), costs.get(record.name)) for record in records)
-    race = Race(setting, entries, machine, notes)
+    race = Race(_setting(model, name, config, len(ids), chosen), entries, machine, (*notes, *_remarks(model, records)))
     if directory is not None:
-        write_race(race, Path(directory), prompts)
+        write_race(race, Path(directory))
     return race
 
 
-def write_race(race: Race, directory: Path, prompts: Sequence[Prompt]) -> Path:
-    """Write `race.json` and `race.html` into `directory` (made if missing); the path of the page."""
+def write_race(race: Race, directory: Path) -> Path:
+    """Write `race.json` and the page `race.html` into `directory` (made if missing); the path of the page."""
     directory.mkdir(parents=True, exist_ok=True)
     record = race.as_dict()
     (directory / "race.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return write_page(record, directory / "race.html")
+    return write_page(record, directory / PAGE)
 
 
 def quality(model: Model, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> Quality:
@@ -137,18 +162,8 @@ def cpu_name() -> str:
     """The processor's name where the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """`count` CPU threads inside (0: as many as there are now)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
 
 
 @contextmanager
@@ -164,38 +179,47 @@ def _like(model: Model, path: str) -> Model:
     return load(path, device=str(model.device), dtype=model.dtype)
 
 
-def _peers(model: Model, draft: str | None, plan: RacePlan, exports: Path) -> tuple[list[Contestant], list[str]]:
-    if not plan.peers:
+def _peers(model: Model, draft: str | None, config: RaceConfig, exports: Path) -> tuple[list[Contestant], list[str]]:
+    if not config.peers:
         return [], []
     try:
-        return transformers_peers(model, _like(model, draft) if draft else None, plan, exports), []
+        return transformers_peers(model, _like(model, draft) if draft else None, config, exports), []
     except ValueError as error:
         return [], [str(error)]
 
 
+def _remarks(model: Model, records: Sequence[Record]) -> Iterator[str]:
+    ours = [record for record in records if record.library == Ours.library]
+    if any(record.identical_to(ours[0]) < len(record.lap.tokens) for record in ours) and model.dtype != torch.float32:
+        yield (
+            f"In {str(model.dtype).removeprefix('torch.')} a call on several tokens may round otherwise than a call on one, "
+            "so near ties may fall the other way; in float32 the texts are identical."
+        )
+
+
 def _draft_costs(
-    model: Model, ours: Sequence[Ours], ids: Sequence[Sequence[int]], plan: RacePlan, machine: Machine
+    model: Model, ours: Sequence[Ours], ids: Sequence[Sequence[int]], config: RaceConfig, machine: Machine
 ) -> dict[str, DraftCost]:
     call = machine.call_seconds[1]
     return {
-        entrant.name: draft_cost(model.network, entrant.drafter, ids[:_PROFILED], call, plan.sampling)
+        entrant.name: draft_cost(model.network, entrant.drafter, ids[:_PROFILED], call, config.sampling)
         for entrant in ours
         if entrant.name != PLAIN
     }
 
 
-def _setting(model: Model, name: str, plan: RacePlan, prompts: int, chosen: Mapping[str, DrafterConfig]) -> dict[str, Any]:
+def _setting(model: Model, name: str, config: RaceConfig, prompts: int, chosen: Mapping[str, DrafterConfig]) -> dict[str, Any]:
     try:
         peer = version(LIBRARY)
     except PackageNotFoundError:
         peer = None
     return {
-        **plan.model_dump(mode="json"),
+        **config.model_dump(mode="json"),
         "model": name,
         "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "prompts": prompts,
+        "count": prompts,
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
         "torch": torch.__version__,
@@ -218,6 +242,7 @@ def _row(entry: Entry, plain: Record, greedy: bool) -> dict[str, Any]:
         "calls_per_token": cost.calls / decoded,
         "draft_calls_per_call": cost.draft_calls / cost.calls,
         "seconds": list(record.seconds),
+        "prefill_seconds": list(record.prefill_seconds) if any(record.prefill_seconds) else None,
         "tokens_per_second": asdict(record.tokens_per_second),
         "speed_over_plain": asdict(record.speed_over(plain)),
         "accepted": record.histogram if record.lap.accepted else None,
@@ -231,7 +256,7 @@ def _row(entry: Entry, plain: Record, greedy: bool) -> dict[str, Any]:
 def _table(race: Mapping[str, Any]) -> Table:
     setting, machine = race["setting"], race["machine"]
     law = f"temperature {setting['temperature']:g}" if setting["temperature"] else "greedy"
-    title = f"{setting['model']}: {setting['prompts']} prompts x {setting['max_new_tokens']} tokens, {law}, {setting['dtype']}"
+    title = f"{setting['model']}: {setting['count']} prompts x {setting['max_new_tokens']} tokens, {law}, {setting['dtype']}"
     bound = f"a call reads {machine['weight_bytes'] / 1e6:.1f} MB: at least {1e3 * machine['bound_seconds']:.2f} ms from memory"
     caption = f"{bound} at {machine['bandwidth'] / 1e9:.1f} GB/s; measured {1e3 * machine['call_seconds'][1]:.2f} ms per call"
     table = Table(title=title, caption=caption)
@@ -245,7 +270,7 @@ def _table(race: Mapping[str, Any]) -> Table:
             f"{row['draft_calls_per_call']:.2f}",
             f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})",
             f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
-            "-" if row["identical"] is None else f"{row['identical']}/{setting['prompts']}",
+            "-" if row["identical"] is None else f"{row['identical']}/{setting['count']}",
             f"{row['quality']['mean']:.3f}",
             "-" if draft is None else f"{draft['time_ratio']:.2f}",
         )

@@ -64,11 +64,11 @@ def scatter(title: str, description: str, marks: Sequence[Mark], x_label: str, y
         x, y = x_axis.at(mark.x), y_axis.at(mark.y)
         text_x, text_y = _free_place(mark.name, x, y, boxes, x_axis, y_axis)
         boxes.append(_box(mark.name, text_x, text_y))
-        near_y = text_y + 4 if text_y < y else text_y - 12
+        near_y, tip = text_y + 4 if text_y < y else text_y - 12, f"{mark.name}: {mark.note}"
         parts += [
             f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{near_y:.1f}"/>',
-            f'<line class="whisker {mark.style}" x1="{x:.1f}" y1="{y_axis.at(mark.low):.1f}" x2="{x:.1f}" y2="{y_axis.at(mark.high):.1f}"/>',
-            f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(mark.name)}: {escape(mark.note)}</title></circle>',
+            f'<path class="whisker" d="M{x:.1f} {y_axis.at(mark.low):.1f}V{y_axis.at(mark.high):.1f}"/>',
+            f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(tip)}</title></circle>',
             _text(mark.name, text_x, text_y, "middle"),
         ]
     return _svg(title, description, height, parts)
@@ -158,7 +158,9 @@ def _y_grid(axis: Axis, left: float, right: float) -> list[str]:
         parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
         parts.append(_text(f"{tick:g}", left - 8, y + 4, "end", "tick"))
     middle = (axis.first + axis.last) / 2
-    turned = f'<text class="label" text-anchor="middle" transform="translate(16 {middle:.1f}) rotate(-90)">{escape(axis.label)}</text>'
+    turned = (
+        f'<text class="label" text-anchor="middle" transform="translate(16 {middle:.1f}) rotate(-90)">{escape(axis.label)}</text>'
+    )
     return [*parts, turned]
 
 

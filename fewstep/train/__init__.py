@@ -1,1 +1,1 @@
-"""Training: trainer, optimizers, precision, data, checkpoints, objectives."""
+"""Training: the loop, its optimizers, schedules, number formats and checkpoints, the data and the objectives."""

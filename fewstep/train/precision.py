@@ -80,6 +80,7 @@ class FP32(Precision):
     """Single precision throughout."""
 
     kind = "fp32"
+    source = "none: the format every other is compared with"
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()

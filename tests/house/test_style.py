@@ -144,7 +144,7 @@ def last(node: ast.AST) -> str:
     return dotted(node).split(".")[-1]
 
 
-def tested(module: Module) -> Iterator[ast.FunctionDef]:
+def cases_in(module: Module) -> Iterator[ast.FunctionDef]:
     return (node for node in functions(module.tree) if node.name.startswith("test_"))
 
 
@@ -166,13 +166,13 @@ def asserting(tests: tuple[Module, ...]) -> set[str]:
 
 def assertion_violations(tests: tuple[Module, ...]) -> list[str]:
     known = asserting(tests)
-    return [f"{m.at(test)}: {test.name} asserts nothing" for m in tests for test in tested(m) if test.name not in known]
+    return [f"{m.at(test)}: {test.name} asserts nothing" for m in tests for test in cases_in(m) if test.name not in known]
 
 
 def clock_violations(module: Module) -> list[str]:
     """No test asserts a wall time: neither what was measured with a clock nor an upper bound on seconds."""
     found = []
-    for test in tested(module):
+    for test in cases_in(module):
         timed: set[str] = set()
         assigned = [node for node in ast.walk(test) if isinstance(node, ast.Assign)]
         while new := {dotted(t) for node in assigned if reads_clock(node.value, timed) for t in node.targets} - timed:

@@ -234,3 +234,10 @@ def test_rows_of_drafters_fork_and_join(seed: int) -> None:
         assert torch.equal(forked.tokens * forked.valid, (whole.tokens * whole.valid)[rows])
         assert torch.equal(joined.tokens * joined.valid, whole.tokens * whole.valid)
         assert torch.equal(joined.parent, whole.parent)
+
+
+def test_the_consumer_of_the_stream_keeps_its_own_mode(seed: int) -> None:
+    target, drafter = pair(seed)
+    for event in requests(target, drafter, [PROMPT], Settings(6)):
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        assert event.payload.tokens.is_inference()

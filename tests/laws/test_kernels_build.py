@@ -95,9 +95,8 @@ def test_a_failed_build_leaves_nothing_and_says_the_error(
 def test_a_compiler_without_openmp_builds_one_thread(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrapper = tmp_path / "plain-cc"
     real = " ".join(build.compiler())
-    wrapper.write_text(
-        f'#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && {{ echo "error: no OpenMP" >&2; exit 1; }}; done\nexec {real} "$@"\n'
-    )
+    refuse = 'for a in "$@"; do [ "$a" = -fopenmp ] && { echo "error: no OpenMP" >&2; exit 1; }; done'
+    wrapper.write_text(f'#!/bin/sh\n{refuse}\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CC", str(wrapper))
     monkeypatch.setattr(build, "SOURCE", tiny_source(tmp_path / "tiny.c", "plain"))
@@ -161,5 +160,5 @@ def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert forced is not None and forced.path == "portable"
     finally:
         skinny.default_kernel.cache_clear()
-    with pytest.raises(ValueError, match="'sse9' cannot run here: expected one of .*portable"):
+    with pytest.raises(ValueError, match=r"'sse9' cannot run here: expected one of .*portable"):
         build.load("sse9")

@@ -194,6 +194,21 @@ def test_a_diverging_loss_stops_the_run_and_keeps_the_good_checkpoint(tmp_path: 
     assert trainer(tmp_path / "off", seed, plan(130, divergence=0, validate_every=0), objective=objective).run().used.steps == 130
 
 
+def _stop(losses: list[float], cut: int = -1) -> int | None:
+    """The step at which a watch stops, if it does; at step `cut` it is written to JSON and read again."""
+    watch = Watch(0.5)
+    for step, loss in enumerate(losses):
+        if step == cut:
+            state = json.loads(json.dumps(watch.state_dict()))
+            watch = Watch(0.5)
+            watch.load_state_dict(state)
+        try:
+            watch.observe(step, loss)
+        except Diverged:
+            return step
+    return None
+
+
 def test_noise_and_slow_starts_are_no_divergence(seed: int) -> None:
     """Falling losses with noise, losses around zero, single spikes: none stops. A false alarm is a 10-sigma event."""
     chance = random.Random(seed)
@@ -203,31 +218,17 @@ def test_noise_and_slow_starts_are_no_divergence(seed: int) -> None:
         "negative": lambda step: -step / 100 + chance.gauss(0, 0.5),
         "spiky": lambda step: chance.gauss(2, 0.2) + (500.0 if step % 300 == 200 else 0.0),
     }
-    for shape in shapes.values():
-        watch = Watch(0.5)
-        for step in range(1000):
-            watch.observe(step, shape(step))
+    for name, shape in shapes.items():
+        assert _stop([shape(step) for step in range(1000)]) is None, name
 
 
 def test_watch_survives_a_checkpoint(seed: int) -> None:
     chance = random.Random(seed)
     losses = [8 * math.exp(-step / 50) + chance.gauss(2, 0.3) for step in range(200)] + [2 + step / 3 for step in range(100)]
 
-    def stop(cut: int) -> int:
-        watch = Watch(0.5)
-        for step, loss in enumerate(losses):
-            if step == cut:
-                state = json.loads(json.dumps(watch.state_dict()))
-                watch = Watch(0.5)
-                watch.load_state_dict(state)
-            try:
-                watch.observe(step, loss)
-            except Diverged:
-                return step
-        return -1
-
-    assert stop(-1) > 200
-    assert stop(100) == stop(205) == stop(-1)
+    end = _stop(losses)
+    assert end is not None and end > 200
+    assert _stop(losses, cut=100) == _stop(losses, cut=205) == end
 
 
 def test_a_batch_with_nothing_to_score_is_refused(tmp_path: Path, seed: int) -> None:

@@ -111,25 +111,33 @@ def test_emulation_errs_as_much_as_native_autocast(dtype: torch.dtype, seed: int
 
 
 _UNSCALED = FP16(init_scale=1.0, growth=1.0)
-_SMALL = 1e-5  # a loss so small that much of its gradient lies below 2^-25
+_SMALL = 5e-6  # a factor on the loss, after which much of the gradient lies below 2^-25
 
 
-def _lost(precision: Precision, seed: int) -> list[float]:
-    """The fraction of zero gradient entries of each parameter tensor of a fresh model, the loss times `_SMALL`."""
+def _gradients(precision: Precision, seed: int) -> list[Tensor]:
     model, rng, scale = ToyModel(seed, dropout=0.0), CounterRng.seeded(range(ROWS)), precision.scale()
     with precision.context(_CPU):
         loss = ToyObjective(factor=_SMALL).loss(model, ToyData(seed).batch(0), rng).value
     with precision.backward(_CPU):
         (loss * (scale.value if scale else 1.0)).backward()
-    return [float((param.grad == 0).float().mean()) for param in model.parameters() if param.grad is not None]
+    return [param.grad for param in model.parameters() if param.grad is not None]
 
 
 def test_without_scaling_half_of_the_tensors_lose_gradients(seed: int, emulated: None) -> None:
-    """Unscaled fp16 loses a quarter of the gradient or more on at least half of the tensors; scaled fp16 and bf16 next to none."""
-    lost = _lost(_UNSCALED, seed)
-    assert sum(share >= 0.25 for share in lost) >= len(lost) / 2
-    for precision in (FP32(), BF16(), FP16()):
-        assert max(_lost(precision, seed)) < 0.02
+    """Unscaled fp16 loses a quarter of the gradient or more on at least half of the tensors; scaled fp16 and bf16 lose under 1%.
+
+    Lost is an entry that is zero and is not in fp32: the embeddings of tokens absent from the batch have no gradient at all.
+    """
+    reference = _gradients(FP32(), seed)
+    present = [grad != 0 for grad in reference]
+
+    def lost(precision: Precision) -> list[Tensor]:
+        return [(grad == 0) & there for grad, there in zip(_gradients(precision, seed), present, strict=True)]
+
+    shares = [float(gone.sum() / there.sum()) for gone, there in zip(lost(_UNSCALED), present, strict=True)]
+    assert sum(share >= 0.25 for share in shares) >= len(shares) / 2
+    for precision in (BF16(), FP16()):
+        assert sum(int(gone.sum()) for gone in lost(precision)) < 0.01 * sum(int(there.sum()) for there in present)
 
 
 def test_scaled_fp16_and_bf16_follow_fp32_within_one_percent(tmp_path: Path, seed: int, emulated: None) -> None:

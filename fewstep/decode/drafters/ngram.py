@@ -77,7 +77,7 @@ class Ngram:
 
     A longer match wins, then the more recent. A continuation that reaches the end of the text starts over at its own first
     token, since a text that repeats with period d most likely repeats again. State: 8 bytes per token.
-    Cost: about 2 * max_ngram passes over the row's history; no network.
+    Cost: three passes over max_ngram times the row's history; no network.
     Differs: the most recent match instead of the oldest; several branches; the periodic continuation.
     """
 
@@ -106,8 +106,9 @@ class Ngram:
             valid = (best >= 0) & (node < budget.unsqueeze(1))
             tokens.append(torch.where(valid, branch, 0))
             parent.append(torch.where(valid, torch.where(step == 0, 0, node - 1), -2))
-            follows = text.tokens[:, text.edge + 1 : text.edge + 1 + rank.shape[1]]
-            rank = torch.where(follows == branch[:, :1], -1, rank)
+            if self.config.branches > 1:  # the next branch begins with another token
+                follows = text.tokens[:, text.edge + 1 : text.edge + 1 + rank.shape[1]]
+                rank = torch.where(follows == branch[:, :1], -1, rank)
         return Tree(torch.cat(tokens, 1)[:, :widest], torch.cat(parent, 1)[:, :widest]), state
 
     def observe(self, tree: Tree, verdict: Verdict, hidden: Mapping[str, Tensor], state: History) -> History:
@@ -115,12 +116,12 @@ class Ngram:
 
     def _rank(self, text: History) -> Tensor:
         """[B,P] for every place where an earlier occurrence may end: how good the match is, -1 where it is none."""
-        places, edge = text.longest - 1, text.edge
-        index = torch.arange(places, device=text.tokens.device)
-        agrees = index < text.lengths.unsqueeze(1) - 1
-        length = torch.zeros_like(index)
-        for back in range(self.config.max_ngram):  # the -1 edge stops a match at the start of the text
-            suffix = text.tokens.gather(1, edge - 1 - back + text.lengths.unsqueeze(1))
-            agrees = agrees & (text.tokens[:, edge - back : edge - back + places] == suffix)
-            length = length + agrees
-        return torch.where(length >= self.config.min_ngram, length * places + index, -1)
+        places, most = text.longest - 1, self.config.max_ngram
+        back = torch.arange(most, device=text.tokens.device)
+        suffix = text.tokens.gather(1, text.lengths.unsqueeze(1) + back)  # the last tokens: the edge is as wide as the suffix
+        windows = text.tokens[:, 1 : most + places].unfold(1, most, 1)  # [B,P,most]: window i ends at token i
+        # the match begins after the last disagreement, and a window that runs into the edge always disagrees there
+        misses = ((windows != suffix.unsqueeze(1)) * (back + 1).to(torch.int8)).amax(2)
+        index = torch.arange(places, device=back.device)
+        found = (misses <= most - self.config.min_ngram) & (index < text.lengths.unsqueeze(1) - 1)
+        return torch.where(found, torch.sub(index + most * places, misses, alpha=places), -1)

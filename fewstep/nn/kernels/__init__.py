@@ -1,8 +1,10 @@
-"""Kernels that make a few rows cost one: `pack` a linear layer once, then `linear`.
+"""Kernels that make a few rows cost one: linear layers packed once, and attention of few queries over a cache.
 
-The kernel is C, built by the system's compiler at first use; without a compiler the same calls run on ATen.
+They are C, built by the system's compiler at first use; without a compiler the same calls run on ATen.
 """
 
-from fewstep.nn.kernels.skinny import Packed, available, linear, pack
+from fewstep.nn.kernels.attention import attend
+from fewstep.nn.kernels.kernel import available
+from fewstep.nn.kernels.skinny import Packed, linear, pack
 
-__all__ = ["Packed", "available", "linear", "pack"]
+__all__ = ["Packed", "attend", "available", "linear", "pack"]

@@ -1,6 +1,6 @@
-"""Compiles `skinny.c` with the system's C compiler at first use and loads it.
+"""Compiles the C files of this folder with the system's compiler at first use and loads them as one library.
 
-Knows compilers, instruction sets and the cache directory. Does not know tensors, nor what the kernel computes.
+Knows compilers, instruction sets and the cache directory. Does not know tensors, nor what the kernels compute.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("skinny.c")
+SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")
 PATHS: dict[str, tuple[str, ...]] = {  # best first: the compiler flags of each instruction-set path
     "avx512bf16": ("-mavx512f", "-mavx512bf16", "-mtune=native"),
@@ -30,7 +30,7 @@ REQUIRES: dict[str, tuple[str, ...]] = {  # macros that the compiler defines for
 
 
 class BuildError(RuntimeError):
-    """The kernel could not be compiled, stored or loaded; the message says which and why."""
+    """The kernels could not be compiled, stored or loaded; the message says which and why."""
 
 
 def _run(command: list[str]) -> str:
@@ -78,6 +78,10 @@ def cache_directory() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "fewstep" / "kernels"
 
 
+def _sources() -> list[Path]:
+    return sorted(file for file in SOURCES.iterdir() if file.suffix in (".c", ".h"))
+
+
 def _compile(flags: tuple[str, ...], target: Path) -> None:
     """Builds beside the target and renames, so that a reader or a second builder never sees half a file."""
     try:
@@ -86,20 +90,21 @@ def _compile(flags: tuple[str, ...], target: Path) -> None:
     except OSError as error:
         raise BuildError(f"cache directory {target.parent}: {error.strerror}") from error
     os.close(handle)
+    files = [str(file) for file in _sources() if file.suffix == ".c"]
     try:
         try:
-            _run([*compiler(), *FLAGS, *flags, "-fopenmp", str(SOURCE), "-o", partial])
+            _run([*compiler(), *FLAGS, *flags, "-fopenmp", *files, "-o", partial])
         except BuildError:  # a compiler without OpenMP builds a kernel of one thread
-            _run([*compiler(), *FLAGS, *flags, str(SOURCE), "-o", partial])
+            _run([*compiler(), *FLAGS, *flags, *files, "-o", partial])
         os.replace(partial, target)
     finally:
         Path(partial).unlink(missing_ok=True)
 
 
 def load(path: str) -> ctypes.CDLL:
-    """The kernel built for an instruction-set path, compiled if the cache lacks it.
+    """The kernels built for an instruction-set path, compiled if the cache lacks it.
 
-    A build is keyed by its source, its flags and all that the compiler predefines for this CPU, so that a changed source,
+    A build is keyed by its sources, its flags and all that the compiler predefines for this CPU, so that a changed source,
     compiler or machine never meets a stale one.
 
     Args:
@@ -113,9 +118,9 @@ def load(path: str) -> ctypes.CDLL:
     """
     if path not in paths():
         raise ValueError(f"kernel path {path!r} cannot run here: expected one of {', '.join(paths())}")
-    parts = (SOURCE.read_text(), *compiler(), *FLAGS, *PATHS[path], _macros(compiler()))
+    parts = (*(file.read_text() for file in _sources()), *compiler(), *FLAGS, *PATHS[path], _macros(compiler()))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = cache_directory() / f"skinny-{path}-{key}.so"
+    target = cache_directory() / f"kernels-{path}-{key}.so"
     if target.exists():
         try:
             return ctypes.CDLL(str(target))

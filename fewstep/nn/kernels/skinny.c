@@ -10,31 +10,17 @@
  * are bf16 too, adds a pair of products per step and takes subnormal inputs and results as zero.
  *
  * This file knows nothing of tensors, of packing, or of when ATen would be the better choice. */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#include <pthread.h>
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#include "vector.h"
 
 /* TILE_ROWS: as many rows as the registers hold sums for, beside two vectors of weights and a broadcast activation.
  * WIDTH: panels a tile walks at once, so that few rows still have enough independent chains in flight. */
-#if defined(__AVX512F__)
-#define LANES 16
+#if LANES == 16
 #define TILE_ROWS 12
 #define WIDTH(rows) ((rows) <= 2 ? 4 : (rows) <= 4 ? 2 : 1)
-#elif defined(__AVX2__) && defined(__FMA__)
-#define LANES 8
+#elif LANES == 8
 #define TILE_ROWS 6
 #define WIDTH(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 2 : 1)
 #else
-#define LANES 4
 #define TILE_ROWS 6
 #define WIDTH(rows) ((rows) == 1 ? 2 : 1)
 #endif
@@ -42,10 +28,6 @@
 enum { PANEL = 16, LINE = 64, VECTORS = PANEL / LANES, MAX_WIDTH = 4, BLOCK_ROWS = 48 };
 enum { CHUNK = 64, AHEAD = 32 };          /* lines: the piece of a panel that tiles share in the first-level cache; prefetch distance */
 enum kind { F32, BF16, BF16_DOT };        /* fp32 weights; bf16 pairs widened to fp32; bf16 pairs dotted with bf16 pairs */
-enum { PARALLEL = 1 << 18 };              /* multiply-adds below which a second thread costs more than it saves */
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
     const char *weight;
@@ -55,26 +37,6 @@ typedef struct {
     int rows, tiles, y_bf16;
     enum kind kind;
 } job;
-
-#if LANES == 16
-INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE vec broadcast(const float *p) { return _mm512_set1_ps(*p); }
-#define KEEP(v) __asm__("" : "+v"(v))
-#elif LANES == 8
-INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vec broadcast(const float *p) { return _mm256_broadcast_ss(p); }
-#define KEEP(v) __asm__("" : "+x"(v)) /* in a register: left alone, gcc loads it anew for every row that uses it */
-#else
-INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
-INLINE vec broadcast(const float *p) { return (vec){*p, *p, *p, *p}; }
-#define KEEP(v) (void)(v)
-#endif
-
-INLINE bits load(const void *p) {
-    bits v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
 
 /* A line's words as fp32: bf16 pairs give their halves in turn, widened exactly. */
 INLINE bits half(const enum kind kind, const int h, bits w) { return kind != BF16 ? w : h ? w & 0xffff0000u : w << 16; }
@@ -164,12 +126,6 @@ TILES(tile_dot, BF16_DOT)
 #define tile_dot tile_bf16
 #endif
 
-static uint16_t to_bf16(float f) { /* to nearest, ties to even */
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return f != f ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 static void finish(const job *j, long first, int width, const float *sums) {
     const int count = j->out - first < width ? (int)(j->out - first) : width;
     for (long r = 0; r < j->rows; r++, sums += width) {
@@ -217,13 +173,6 @@ static void widen(const job *j, const void *x, int x_bf16, float *to) {
     }
 }
 
-#ifdef _OPENMP
-/* A forked child has none of its parent's OpenMP threads and would wait for them for ever: it computes alone. */
-static int forked;
-static void after_fork(void) { forked = 1; }
-__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
-#endif
-
 static void compute_all(const job *j, int threads) {
     const long panels = (j->out + PANEL - 1) / PANEL;
 #ifdef _OPENMP
@@ -238,18 +187,6 @@ static void compute_all(const job *j, int threads) {
 #endif
     (void)threads;
     compute(j, 0, panels);
-}
-
-const char *skinny_path(void) {
-#if defined(__AVX512BF16__)
-    return "avx512bf16";
-#elif LANES == 16
-    return "avx512";
-#elif LANES == 8
-    return "avx2";
-#else
-    return "portable";
-#endif
 }
 
 /* weight: panels of bf16 or fp32; bias: fp32 or NULL; x [rows, in] and y [rows, out]: contiguous, both bf16 or both fp32.

@@ -68,11 +68,7 @@ class AttentionState:
 
     def commit(self, path: Tensor, keep: Tensor) -> "AttentionState":
         slots, moves = self.slots.commit(path, keep)
-        if moves is not None:
-            if self.cache.requires_grad:
-                self.cache = self.cache.clone()
-            moves.apply(self.cache)
-        return AttentionState(self.cache, slots)
+        return AttentionState(self.cache if moves is None else moves.apply(self.cache), slots)
 
     def rollback(self) -> "AttentionState":
         return AttentionState(self.cache, self.slots.rollback())
@@ -132,7 +128,7 @@ class Attention(nn.Module):
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         mask = self._mask(ctx)
         if not isinstance(mask, Causal | Window):
-            raise ValueError(f"mask={mask!r}: a cached call is causal; use forward for a bidirectional pass")
+            raise ValueError(f"mask={type(mask).__name__}: a cached call is causal; use forward for a bidirectional pass")
         q, kv = self._project(x, ctx)
         state = state.append(kv, ctx.parent)
         slots, count = state.slots, x.shape[1]
@@ -152,7 +148,7 @@ class Attention(nn.Module):
             return Window(min(window, ctx.mask.size) if isinstance(ctx.mask, Window) else window)
         if type(ctx.mask) not in self.masks:
             raise ValueError(
-                f"mask={ctx.mask!r}: attention takes {', '.join(sorted(m.__name__ for m in self.masks))}; choose one of them"
+                f"mask={type(ctx.mask).__name__}: attention takes {', '.join(sorted(m.__name__ for m in self.masks))}; choose one of them"
             )
         return ctx.mask
 

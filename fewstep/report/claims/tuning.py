@@ -1,0 +1,75 @@
+"""Networks that a reproduction needs and does not find: a small draft model, parallel heads. Both start from the model's weights
+and train for a fixed time on its own training data.
+
+This file knows decoders, heads and the trainer.
+"""
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from fewstep.core.objective import Objective
+from fewstep.core.recipe import resolve
+from fewstep.models.decoder import Decoder, DecoderConfig
+from fewstep.models.model import Model
+from fewstep.nn.heads import ParallelHeads, ParallelHeadsConfig
+from fewstep.recipes.run import cache_directory
+from fewstep.report.claims.claim import Bench
+from fewstep.train.data import DATA, DataConfig, prepare
+from fewstep.train.objectives.multi_token import MultiTokenConfig
+from fewstep.train.objectives.next_token import NextTokenConfig
+from fewstep.train.optim import OPTIMS
+from fewstep.train.plan import Budget, Plan, Run
+from fewstep.train.precision import PRECISIONS
+from fewstep.train.schedule import SCHEDULES
+from fewstep.train.trainer import Trainer
+
+
+def trained_draft(bench: Bench, depth: int = 2) -> Model:
+    """A draft model: the target's first `depth` blocks with its embedding, norm and head, trained on the next token."""
+    target = bench.model.network
+    config = target.config.model_copy(update={"depth": min(depth, target.depth), "heads": ()})
+    draft = _built(config, bench.effort.seed)
+    own = draft.state_dict()
+    draft.load_state_dict({name: value for name, value in target.state_dict().items() if name in own})
+    tune(bench, draft, NextTokenConfig().build(), "draft")
+    return Model(draft.to(bench.model.dtype), bench.model.tokenizer, bench.model.recipe)
+
+
+def trained_parallel_heads(bench: Bench, depth: int = 3) -> Model:
+    """The model with parallel heads in place of its own, each from the trunk's last block, trained on the frozen trunk."""
+    target = bench.model.network
+    network = _built(target.config.model_copy(update={"heads": (ParallelHeadsConfig(depth=depth),)}), bench.effort.seed)
+    trunk = {name: value for name, value in target.state_dict().items() if not name.startswith("extra.")}
+    network.load_state_dict(trunk, strict=False)
+    heads = cast(ParallelHeads, network.heads["mtp"])
+    for k in range(1, depth + 1):
+        heads.block(k).load_state_dict(target.blocks[-1].state_dict())
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith("extra."))
+    tune(bench, network, MultiTokenConfig(trunk="frozen", weight=float(depth)).build(), "heads")
+    return Model(network.to(bench.model.dtype), bench.model.tokenizer, bench.model.recipe)
+
+
+def tune(bench: Bench, network: nn.Module, objective: Objective, name: str) -> None:
+    """Train `network` in place for the bench's seconds on the data that the model's recipe names; the log goes to scratch.
+
+    Raises ValueError if the recipe names none.
+    """
+    model, effort = bench.model, bench.effort
+    if "data" not in model.recipe or model.tokenizer is None:
+        raise ValueError("model: its recipe names no training data; use a fewstep model, e.g. code-nano")
+    data = cast(DataConfig, resolve(model.recipe["data"], DATA, "data"))
+    dataset = prepare(data, model.tokenizer, cache_directory() / "claims" / model.tokenizer.hash[:16], bench.console.print)
+    run = Run(batch=8, length=256, seed=effort.seed, validate_every=0, checkpoint_seconds=0)
+    plan = Plan(OPTIMS["muon"](), SCHEDULES["wsd"](), PRECISIONS["fp32"](), Budget(seconds=effort.seconds), run)
+    loader = dataset.train(run.batch, run.length, run.seed)
+    Trainer(network, objective, loader, plan, bench.scratch / name, console=bench.console).run()
+    network.eval()
+
+
+def _built(config: DecoderConfig, seed: int) -> Decoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return config.build().float()
