@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import CounterRng, Rng
-from fewstep.train.checkpoint import read
-from fewstep.train.optim import OPTIMS
-from fewstep.train.plan import Budget, Plan, Run
-from fewstep.train.precision import PRECISIONS
-from fewstep.train.schedule import SCHEDULES
-from fewstep.train.trainer import Summary, Trainer, Validation
+from fewstep.training.checkpoint import read
+from fewstep.training.optim import OPTIMS
+from fewstep.training.plan import Budget, Plan, Run
+from fewstep.training.precision import PRECISIONS
+from fewstep.training.schedule import SCHEDULES
+from fewstep.training.trainer import Summary, Trainer, Validation
 
 VOCAB, LENGTH, ROWS = 16, 12, 4
 

@@ -11,7 +11,7 @@ from fewstep.core.recipe import suggestion
 from fewstep.hub.download import download
 from fewstep.hub.huggingface import CONFIG, read_hf
 from fewstep.models.model import Model
-from fewstep.train.checkpoint import Checkpoints
+from fewstep.training.checkpoint import Checkpoints
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 RECIPE, RUN = "recipe.json", "checkpoints"

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fewstep.core.recipe import Config, resolve
@@ -77,10 +77,10 @@ def assemble(
 
 @final
 class _Undrawn(TorchFunctionMode):
-    """Leaves new weights undrawn: they are about to be read, and torch imports its compiler to draw on the meta device."""
+    """Leaves new weights undrawn: they are about to be read, and torch imports its whole compiler to draw on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
+        return None if func in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_) else func(*args, **(kwargs or {}))
 
 
 @final

@@ -102,7 +102,7 @@ class SequentialHeads(nn.Module):
         outputs: list[Tensor] = []
         embedded, h = embed(tokens), hidden
         for k in range(1, self.depth + 1):
-            stage, count = self.module(k), tokens.shape[1] - k
+            stage, count = self.module(k), max(0, tokens.shape[1] - k)
             h = stage(h[:, :count], embedded[:, k:], _cut(ctx, count, k))
             outputs.append(stage.norm(h))
         return outputs
@@ -132,7 +132,7 @@ class ParallelHeads(nn.Module):
         """Trunk activations [B,T,D] -> per depth k the normed activations [B,T-k,D] that predict token i+k+1."""
         outputs = []
         for k, (block, head_norm) in enumerate(zip(self.blocks, self.norms, strict=True), 1):
-            count = tokens.shape[1] - k
+            count = max(0, tokens.shape[1] - k)
             h, _ = block(hidden[:, :count], _cut(ctx, count, k))
             outputs.append(head_norm(h))
         return outputs

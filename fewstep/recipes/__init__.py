@@ -6,12 +6,12 @@ from types import MappingProxyType
 
 from fewstep.core.recipe import Config, Recipe, suggestion
 from fewstep.models.model import MODELS
-from fewstep.train.data import DATA, TOKENIZERS
-from fewstep.train.objectives import OBJECTIVES
-from fewstep.train.optim import OPTIMS
-from fewstep.train.plan import BUDGETS, RUNS
-from fewstep.train.precision import PRECISIONS
-from fewstep.train.schedule import SCHEDULES
+from fewstep.training.data import DATA, TOKENIZERS
+from fewstep.training.objectives import OBJECTIVES
+from fewstep.training.optim import OPTIMS
+from fewstep.training.plan import BUDGETS, RUNS
+from fewstep.training.precision import PRECISIONS
+from fewstep.training.schedule import SCHEDULES
 
 SECTIONS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
     {

@@ -16,9 +16,9 @@ from fewstep.core.recipe import Recipe
 from fewstep.models.decoder import Decoder
 from fewstep.models.model import Model
 from fewstep.recipes import load_recipe
-from fewstep.train.data import Dataset, prepare
-from fewstep.train.plan import Plan
-from fewstep.train.trainer import Summary, Trainer, Validation
+from fewstep.training.data import Dataset, prepare
+from fewstep.training.plan import Plan
+from fewstep.training.trainer import Summary, Trainer, Validation
 
 
 @final

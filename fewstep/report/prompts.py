@@ -18,9 +18,9 @@ from fewstep.core.random import CounterRng
 from fewstep.core.recipe import resolve
 from fewstep.models.model import Model
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.train.data import DATA
-from fewstep.train.data.grouping import Document
-from fewstep.train.data.sources import PARTS, Corpus, DataConfig
+from fewstep.training.data import DATA
+from fewstep.training.data.grouping import Document
+from fewstep.training.data.sources import PARTS, Corpus, DataConfig
 
 PROMPTS, FILES = "prompts.jsonl", "files.json"
 SHIPPED = Path(__file__).parent.parent / "shipped"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import final
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 _WIDTH, _MARGIN, _CHARACTER, _LINE = 720, 14, 6.9, 16  # pixels; a character of the 13-pixel font is about 6.9 wide
 
 
@@ -57,19 +59,18 @@ def scatter(title: str, description: str, marks: Sequence[Mark], x_label: str, y
     x_axis = Axis(x_label, 0.0, x_stop, 66, _WIDTH - _MARGIN)
     y_axis = Axis(y_label, lowest - pad, highest + pad, height - 52, _MARGIN)
     parts = [*_x_grid(x_axis, y_axis.last, y_axis.first), *_y_grid(y_axis, x_axis.first, x_axis.last)]
-    boxes: list[tuple[float, float, float, float]] = [
-        (x_axis.at(m.x) - 8, y_axis.at(m.y) - 8, x_axis.at(m.x) + 8, y_axis.at(m.y) + 8) for m in marks
-    ]
+    boxes = [(x_axis.at(m.x) - 8, y_axis.at(m.high) - 8, x_axis.at(m.x) + 8, y_axis.at(m.low) + 8) for m in marks]
     for mark in sorted(marks, key=lambda m: m.x):
         x, y = x_axis.at(mark.x), y_axis.at(mark.y)
-        text_x, text_y = _free_place(mark.name, x, y, boxes, x_axis, y_axis)
-        boxes.append(_box(mark.name, text_x, text_y))
-        near_y, tip = text_y + 4 if text_y < y else text_y - 12, f"{mark.name}: {mark.note}"
+        box = _free_box(mark.name, x, y, boxes, (x_axis.first, y_axis.last, x_axis.last, y_axis.first))
+        boxes.append(box)
+        left, top, right, bottom = box
+        near_y, tip = min(max(y, top), bottom), f"{mark.name}: {mark.note}"
         parts += [
-            f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{near_y:.1f}"/>',
+            f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{min(max(x, left), right):.1f}" y2="{near_y:.1f}"/>',
             f'<path class="whisker" d="M{x:.1f} {y_axis.at(mark.low):.1f}V{y_axis.at(mark.high):.1f}"/>',
             f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(tip)}</title></circle>',
-            _text(mark.name, text_x, text_y, "middle"),
+            _text(mark.name, (left + right) / 2, bottom - 4, "middle"),
         ]
     return _svg(title, description, height, parts)
 
@@ -164,21 +165,18 @@ def _y_grid(axis: Axis, left: float, right: float) -> list[str]:
     return [*parts, turned]
 
 
-def _box(name: str, x: float, y: float) -> tuple[float, float, float, float]:
-    half = _CHARACTER * len(name) / 2
-    return x - half, y - 12, x + half, y + 4
-
-
-def _free_place(
-    name: str, x: float, y: float, taken: Sequence[tuple[float, float, float, float]], x_axis: Axis, y_axis: Axis
-) -> tuple[float, float]:
-    """Where the name of the point (x, y) covers nothing: above and below it, farther and farther."""
-    half = _CHARACTER * len(name) / 2
-    text_x = min(max(x, x_axis.first + half), x_axis.last - half)
-    for level in range(1, 12):
-        for text_y in (y - 14 - _LINE * (level - 1), y + 26 + _LINE * (level - 1)):
-            x0, y0, x1, y1 = _box(name, text_x, text_y)
-            inside = y0 >= y_axis.last and y1 <= y_axis.first
-            if inside and not any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in taken):
-                return text_x, text_y
-    return text_x, y - 14
+def _free_box(name: str, x: float, y: float, taken: Sequence[Box], inside: Box) -> Box:
+    """Where the name of the point (x, y) covers nothing: beside it, else above and below, farther and farther."""
+    width = _CHARACTER * len(name)
+    places = [(x + 12, y - 8), (x - 12 - width, y - 8)]
+    text_x = min(max(x - width / 2, inside[0]), inside[2] - width)
+    for level in range(12):
+        places += [(text_x, y - 26 - _LINE * level), (text_x, y + 10 + _LINE * level)]
+    boxes = [(left, top, left + width, top + 16) for left, top in places]
+    free = (
+        box
+        for box in boxes
+        if inside[0] <= box[0] and inside[1] <= box[1] and box[2] <= inside[2] and box[3] <= inside[3]
+        if not any(box[0] < right and left < box[2] and box[1] < bottom and top < box[3] for left, top, right, bottom in taken)
+    )
+    return next(free, boxes[0])

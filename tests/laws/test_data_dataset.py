@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.train.data import BPEConfig, Dataset, Loader, TextConfig, prepare
-from fewstep.train.data.loader import validation_batches
-from fewstep.train.data.shards import PartEntry, Shard, ShardWriter, open_part, token_dtype
+from fewstep.training.data import BPEConfig, Dataset, Loader, TextConfig, prepare
+from fewstep.training.data.loader import validation_batches
+from fewstep.training.data.shards import PartEntry, Shard, ShardWriter, open_part, token_dtype
 
 CODE = "def name{0}(self, value{1}):\n    if value{1} > {2}:\n        return self.name{0}\n    return '<|endoftext|>'\n\n\n"
 

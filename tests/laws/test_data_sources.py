@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.train.data import DATA, TOKENIZERS, Corpus, StdlibConfig, TextConfig
-from fewstep.train.data.grouping import Document, hold_out, near_duplicates, xz_bits_per_byte
-from fewstep.train.data.sources import PARTS
+from fewstep.training.data import DATA, TOKENIZERS, Corpus, StdlibConfig, TextConfig
+from fewstep.training.data.grouping import Document, hold_out, near_duplicates, xz_bits_per_byte
+from fewstep.training.data.sources import PARTS
 
 
 def prose(rng: random.Random, lines: int = 30) -> str:

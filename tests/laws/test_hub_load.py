@@ -21,7 +21,7 @@ from fewstep.models.model import Model
 from fewstep.nn.heads import ParallelHeadsConfig, SequentialHeadsConfig
 from fewstep.nn.mixers.attention import AttentionConfig
 from fewstep.nn.position import NoPositionConfig
-from fewstep.train.checkpoint import Checkpoint, Checkpoints
+from fewstep.training.checkpoint import Checkpoint, Checkpoints
 
 DATA = Path(__file__).parents[1] / "parity" / "data" / "hub"
 SMALL = {"vocab": 40, "width": 24, "hidden": 16, "depth": 3, "query_heads": 2, "max_positions": 50}
@@ -181,7 +181,10 @@ def test_the_first_family_that_can_say_a_decoder_is_used(fields: Any, family: st
     ("fields", "mention"),
     (
         ({"mixers": (AttentionConfig(out_bias=True),)}, "llama cannot say bias=False; mistral cannot say out_bias=True; "),
-        ({"mixers": (AttentionConfig(window=4), AttentionConfig(window=5))}, "llama cannot say window=4; mistral cannot say mixers"),
+        (
+            {"mixers": (AttentionConfig(window=4), AttentionConfig(window=5))},
+            "llama cannot say window=4; mistral cannot say mixers",
+        ),
         ({"mixers": (AttentionConfig(window=4), AttentionConfig())}, "mistral cannot say mixers"),
         ({"norm": "layer"}, "llama cannot say norm=layer"),
         ({"activation": "gelu"}, "hidden_act='gelu'"),

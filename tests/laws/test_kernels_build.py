@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from fewstep.nn import kernels
-from fewstep.nn.kernels import build, skinny
+from fewstep.nn.kernels import build
+from fewstep.nn.kernels.kernel import default_kernel
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
 
@@ -21,18 +22,28 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "cla
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    skinny.default_kernel.cache_clear()
+    default_kernel.cache_clear()
     yield tmp_path / "fewstep" / "kernels"
-    skinny.default_kernel.cache_clear()
+    default_kernel.cache_clear()
 
 
-def tiny_source(path: Path, name: str) -> Path:
-    path.write_text(f'const char *skinny_path(void) {{ return "{name}"; }}\n')
-    return path
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for C files."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    monkeypatch.setattr(build, "SOURCES", folder)
+    return folder
+
+
+def write(sources: Path, name: str) -> None:
+    """A library of two files that says its name."""
+    (sources / "name.h").write_text(f'#define NAME "{name}"\n')
+    (sources / "tiny.c").write_text('#include "name.h"\nconst char *instruction_set(void) { return NAME; }\n')
 
 
 def name_of(library: ctypes.CDLL) -> str:
-    function = library.skinny_path
+    function = library.instruction_set
     function.restype = ctypes.c_char_p
     return bytes(function()).decode()
 
@@ -45,13 +56,13 @@ def test_every_path_says_its_name() -> None:
 
 
 @needs_compiler
-def test_builders_that_meet_leave_one_whole_library(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SOURCE", tiny_source(tmp_path / "tiny.c", "tiny"))
+def test_builders_that_meet_leave_one_whole_library(empty_cache: Path, sources: Path) -> None:
+    write(sources, "tiny")
     with ThreadPoolExecutor(4) as pool:
         libraries = list(pool.map(build.load, ["portable"] * 4))
     assert {name_of(library) for library in libraries} == {"tiny"}
     (stored,) = empty_cache.iterdir()
-    assert stored.name.startswith("skinny-portable-") and stored.suffix == ".so"
+    assert stored.name.startswith("kernels-portable-") and stored.suffix == ".so"
     assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700
     inode = stored.stat().st_ino
     build.load("portable")
@@ -59,47 +70,44 @@ def test_builders_that_meet_leave_one_whole_library(empty_cache: Path, tmp_path:
 
 
 @needs_compiler
-def test_another_source_is_another_build(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny_source(tmp_path / "tiny.c", "first")
-    monkeypatch.setattr(build, "SOURCE", source)
+def test_another_source_is_another_build(empty_cache: Path, sources: Path) -> None:
+    write(sources, "first")
     assert name_of(build.load("portable")) == "first"
-    tiny_source(source, "second")
+    write(sources, "second")
     assert name_of(build.load("portable")) == "second"
     assert len(list(empty_cache.iterdir())) == 2
 
 
 @needs_compiler
-def test_a_damaged_library_is_built_again(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SOURCE", tiny_source(tmp_path / "tiny.c", "whole"))
+def test_a_damaged_library_is_built_again(empty_cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(sources, "whole")
     compiled = build._compile
     monkeypatch.setattr(build, "_compile", lambda flags, target: (target.parent.mkdir(parents=True), target.write_bytes(b"half")))
-    with pytest.raises(build.BuildError, match=r"skinny-portable-.*\.so"):
+    with pytest.raises(build.BuildError, match=r"kernels-portable-.*\.so"):
         build.load("portable")
     monkeypatch.setattr(build, "_compile", compiled)
     assert name_of(build.load("portable")) == "whole"
 
 
 @needs_compiler
-def test_a_failed_build_leaves_nothing_and_says_the_error(
-    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "broken.c"
-    broken.write_text("int skinny_path(void) { return nonsense; }\n")
-    monkeypatch.setattr(build, "SOURCE", broken)
+def test_a_failed_build_leaves_nothing_and_says_the_error(empty_cache: Path, sources: Path) -> None:
+    (sources / "broken.c").write_text("int instruction_set(void) { return nonsense; }\n")
     with pytest.raises(build.BuildError, match="nonsense"):
         build.load("portable")
     assert not list(empty_cache.iterdir())
 
 
 @needs_compiler
-def test_a_compiler_without_openmp_builds_one_thread(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_without_openmp_builds_one_thread(
+    empty_cache: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrapper = tmp_path / "plain-cc"
     real = " ".join(build.compiler())
     refuse = 'for a in "$@"; do [ "$a" = -fopenmp ] && { echo "error: no OpenMP" >&2; exit 1; }; done'
     wrapper.write_text(f'#!/bin/sh\n{refuse}\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CC", str(wrapper))
-    monkeypatch.setattr(build, "SOURCE", tiny_source(tmp_path / "tiny.c", "plain"))
+    write(sources, "plain")
     assert name_of(build.load("portable")) == "plain"
 
 
@@ -145,7 +153,7 @@ def test_an_obstacle_is_one_notice_and_aten(
 def test_the_switch(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_KERNELS", "off")
     assert not kernels.available() and not empty_cache.exists()
-    skinny.default_kernel.cache_clear()
+    default_kernel.cache_clear()
     monkeypatch.setenv("FEWSTEP_KERNELS", "fast")
     with pytest.raises(ValueError, match="FEWSTEP_KERNELS is 'fast': set it to auto, off or one of avx512bf16"):
         kernels.available()
@@ -153,12 +161,12 @@ def test_the_switch(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    skinny.default_kernel.cache_clear()
+    default_kernel.cache_clear()
     monkeypatch.setenv("FEWSTEP_KERNELS", "portable")
     try:
-        forced = skinny.default_kernel()
+        forced = default_kernel()
         assert forced is not None and forced.path == "portable"
     finally:
-        skinny.default_kernel.cache_clear()
+        default_kernel.cache_clear()
     with pytest.raises(ValueError, match=r"'sse9' cannot run here: expected one of .*portable"):
         build.load("sse9")

@@ -11,32 +11,39 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.nn import kernels
-from fewstep.nn.kernels import build, skinny
-from fewstep.nn.kernels.skinny import HugePages, Kernel, Packed
+from fewstep.nn.kernels import build
+from fewstep.nn.kernels.kernel import HugePages, default_kernel
 
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def _built_paths() -> tuple[str, ...]:
+def built_paths() -> tuple[str, ...]:
     try:
         return build.paths()
     except build.BuildError:
         return ()
 
 
-PATHS = _built_paths()
+PATHS = built_paths()
 needs_compiler = pytest.mark.skipif(not PATHS, reason="no C compiler here: the kernel cannot be built")
 
 
 @pytest.fixture(scope="module", params=PATHS)
-def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return Kernel(request.param)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels of one instruction-set path, in use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_KERNELS", request.param)
+        default_kernel.cache_clear()
+        kernel = default_kernel()
+        assert kernel is not None and kernel.path == request.param
+        yield request.param
+    default_kernel.cache_clear()
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def threads() -> Iterator[None]:
+    """Gives the thread count back."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -48,10 +55,6 @@ def operands(
     x = torch.randn(rows, inputs, generator=generator).to(dtypes[0])
     weight = torch.randn(outputs, inputs, generator=generator).to(dtypes[1])
     return x, weight, torch.randn(outputs, generator=generator).to(dtypes[1])
-
-
-def run(kernel: Kernel, x: Tensor, packed: Packed) -> Tensor:
-    return kernel.linear(x, packed.data, packed.bias, packed.shape[0])
 
 
 def error_bound(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -66,12 +69,12 @@ def error_bound(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Te
 @pytest.mark.parametrize("w_dtype", DTYPES)
 @pytest.mark.parametrize("outputs, inputs", [(1, 1), (16, 2), (15, 33), (64, 64), (130, 257), (257, 130), (80, 1024)])
 def test_equals_float64_up_to_rounding(
-    kernel: Kernel, outputs: int, inputs: int, w_dtype: torch.dtype, x_dtype: torch.dtype, biased: bool, seed: int
+    path: str, outputs: int, inputs: int, w_dtype: torch.dtype, x_dtype: torch.dtype, biased: bool, seed: int
 ) -> None:
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 31, 32, 48, 49, 100):
         x, weight, offset = operands(rows, outputs, inputs, (x_dtype, w_dtype), seed + rows)
         bias = offset if biased else None
-        y = run(kernel, x, kernel.pack(weight, bias))
+        y = kernels.linear(x, kernels.pack(weight, bias))
         reference = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
         assert y.dtype == x_dtype and y.shape == reference.shape
         assert bool(((y.double() - reference).abs() <= error_bound(x, weight, bias, y)).all())
@@ -80,25 +83,26 @@ def test_equals_float64_up_to_rounding(
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("w_dtype", DTYPES)
 def test_a_row_is_bitwise_the_same_in_any_company(
-    kernel: Kernel, one_thread: None, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int
+    path: str, threads: None, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int
 ) -> None:
     x, weight, bias = operands(100, 1030, 257, (x_dtype, w_dtype), seed)  # large enough for the second thread at one row
-    packed = kernel.pack(weight, bias)
-    alone = torch.cat([run(kernel, x[r : r + 1], packed) for r in range(100)])
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    packed = kernels.pack(weight, bias)
+    torch.set_num_threads(1)
+    alone = torch.cat([kernels.linear(x[r : r + 1], packed) for r in range(100)])
+    for count in (1, 2):
+        torch.set_num_threads(count)
         for rows in (*range(1, 33), 48, 49, 97, 100):
-            assert torch.equal(run(kernel, x[:rows], packed), alone[:rows]), (threads, rows)
-        assert torch.equal(run(kernel, x.flip(0), packed), alone.flip(0))
+            assert torch.equal(kernels.linear(x[:rows], packed), alone[:rows]), (count, rows)
+        assert torch.equal(kernels.linear(x.flip(0), packed), alone.flip(0))
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("w_dtype", DTYPES)
-def test_nan_and_inf_stay_in_their_row_and_output(kernel: Kernel, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int) -> None:
+def test_nan_and_inf_stay_in_their_row_and_output(path: str, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int) -> None:
     x, weight, _ = operands(9, 37, 51, (x_dtype, w_dtype), seed)
-    clean = run(kernel, x, kernel.pack(weight, None))
+    clean = kernels.linear(x, kernels.pack(weight))
     x[2, 7], x[5, 50], weight[11, 3] = torch.inf, torch.nan, torch.nan
-    y = run(kernel, x, kernel.pack(weight, None))
+    y = kernels.linear(x, kernels.pack(weight))
     assert bool(y[5].isnan().all() and y[:, 11].isnan().all())
     others = torch.arange(37) != 11
     assert bool(torch.isinf(y[2, others]).all())
@@ -107,10 +111,10 @@ def test_nan_and_inf_stay_in_their_row_and_output(kernel: Kernel, w_dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packing_loses_nothing(kernel: Kernel, dtype: torch.dtype, seed: int) -> None:
+def test_packing_loses_nothing(path: str, dtype: torch.dtype, seed: int) -> None:
     for outputs, inputs in ((1, 1), (16, 8), (33, 7), (100, 130)):
         _, weight, bias = operands(1, outputs, inputs, (dtype, dtype), seed)
-        packed = kernel.pack(weight.t().contiguous().t(), bias)
+        packed = kernels.pack(weight.t().contiguous().t(), bias)
         assert torch.equal(packed.unpack(), weight) and packed.dtype == dtype
         assert weight.nbytes <= packed.nbytes - 4 * outputs <= (outputs + 15) * (inputs + 1) * dtype.itemsize
 
@@ -141,28 +145,24 @@ def test_memory_is_shared_by_weights_and_survives_its_block(seed: int) -> None:
 
 
 @needs_compiler
-def test_two_threads_survive_a_fork(seed: int) -> None:
+def test_two_threads_survive_a_fork(threads: None, seed: int) -> None:
     x, weight, _ = operands(8, 1024, 256, (torch.float32, torch.float32), seed)
     packed = kernels.pack(weight)
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        y = kernels.linear(x, packed)  # the parent's pool exists from here on
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if torch.equal(kernels.linear(x, packed), y) else 1)
-        for _ in range(3000):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            pytest.fail("the forked child waits for threads it does not have")
-        assert os.waitstatus_to_exitcode(status) == 0
-    finally:
-        torch.set_num_threads(before)
+    y = kernels.linear(x, packed)  # the parent's pool exists from here on
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(kernels.linear(x, packed), y) else 1)
+    for _ in range(3000):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked child waits for threads it does not have")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @needs_compiler
@@ -221,7 +221,7 @@ def test_without_the_kernel_it_is_aten(
     x, weight, bias = operands(7, 50, 33, (x_dtype, w_dtype), seed)
     early = kernels.pack(weight, bias)
     monkeypatch.setenv("FEWSTEP_KERNELS", "off")
-    skinny.default_kernel.cache_clear()
+    default_kernel.cache_clear()
     try:
         assert not kernels.available()
         late = kernels.pack(weight, bias)
@@ -233,4 +233,4 @@ def test_without_the_kernel_it_is_aten(
         reference = F.linear(x.double(), weight.double(), bias.double())
         assert torch.allclose(y.double(), reference, rtol=2**-7, atol=2**-6)
     finally:
-        skinny.default_kernel.cache_clear()
+        default_kernel.cache_clear()

@@ -7,13 +7,14 @@ import torch
 from sequences import TIGHT, VOCAB, decoder
 from torch import Tensor
 
+from fewstep.core.mixer import Context
 from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import CounterRng
 from fewstep.models.decoder import Decoder
 from fewstep.nn.heads import ParallelHeadsConfig, SequentialHeads, SequentialHeadsConfig
-from fewstep.train.objectives import OBJECTIVES
-from fewstep.train.objectives.multi_token import MultiTokenConfig
-from fewstep.train.objectives.next_token import NextTokenConfig
+from fewstep.training.objectives import OBJECTIVES
+from fewstep.training.objectives.multi_token import MultiTokenConfig
+from fewstep.training.objectives.next_token import NextTokenConfig
 
 SEQUENTIAL = {"heads": (SequentialHeadsConfig(depth=3),)}
 PARALLEL = {"heads": (ParallelHeadsConfig(depth=3),), "tied": False}
@@ -84,8 +85,6 @@ def reference(network: Decoder, batch: Batch, config: Any) -> Tensor:
 
 def network_block(block: Any, x: Tensor) -> Tensor:
     """A block over one sequence [t,D] -> [1,t,D]."""
-    from fewstep.core.mixer import Context
-
     y: Tensor = block(x[None], Context(torch.arange(len(x))[None]))[0]
     return y
 
@@ -139,7 +138,7 @@ def test_padding_and_other_sequences_do_not_count(name: str, seed: int) -> None:
     gap = objective.loss(network, rest, rng(batch, seed))
     other = objective.loss(network, Batch(first, rest.segments), rng(batch, seed))
     torch.testing.assert_close(other.value, gap.value, rtol=0, atol=0)
-    assert abs(float(moved.value - before.value)) > 1e-6
+    assert (moved.value - before.value).abs() > 1e-6
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fewstep.text.stop import StopScanner
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.train.data import BPEConfig
+from fewstep.training.data import BPEConfig
 
 
 @pytest.fixture(scope="module")

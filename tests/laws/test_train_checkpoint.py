@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from train_toy import ToyModel, plan, trainer
 
-import fewstep.train.checkpoint
-from fewstep.train.checkpoint import WEIGHTS, Checkpoint, Checkpoints, load_tensors, pack, read, tensors_of, unpack
+import fewstep.training.checkpoint
+from fewstep.training.checkpoint import WEIGHTS, Checkpoint, Checkpoints, load_tensors, pack, read, tensors_of, unpack
 
 
 def _checkpoint(step: int, size: int = 50) -> Checkpoint:
@@ -110,7 +110,7 @@ def test_a_refusing_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_stops_training_and_a_resume_goes_on(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = fewstep.train.checkpoint.save_file
+    save = fewstep.training.checkpoint.save_file
     settings = plan(12, checkpoint_steps=4)
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_full_disk_stops_training_and_a_resume_goes_on(tmp_path: Path, seed: i
         save(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fewstep.train.checkpoint, "save_file", full)
+        patch.setattr(fewstep.training.checkpoint, "save_file", full)
         with pytest.raises(ValueError, match=r"step-00000008.*No space left on device.*step 4 is intact; make room and resume"):
             trainer(tmp_path, seed, settings).run()
     assert trainer(tmp_path, seed, settings).run(resume=True).used.steps == 12

@@ -17,14 +17,14 @@ from train_toy import ROWS, VOCAB, ToyData, ToyModel, ToyObjective, plan, traine
 from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import CounterRng, Rng
 from fewstep.core.recipe import Recipe
-from fewstep.train.average import WeightAverage
-from fewstep.train.checkpoint import WEIGHTS, read
-from fewstep.train.health import Diverged, Watch
-from fewstep.train.log import Log
-from fewstep.train.optim import OPTIMS
-from fewstep.train.plan import BUDGETS, RUNS, Budget, Plan, Used
-from fewstep.train.precision import PRECISIONS
-from fewstep.train.schedule import SCHEDULES
+from fewstep.training.average import WeightAverage
+from fewstep.training.checkpoint import WEIGHTS, read
+from fewstep.training.health import Diverged, Watch
+from fewstep.training.log import Log
+from fewstep.training.optim import OPTIMS
+from fewstep.training.plan import BUDGETS, RUNS, Budget, Plan, Used
+from fewstep.training.precision import PRECISIONS
+from fewstep.training.schedule import SCHEDULES
 
 
 def _records(directory: Path, group: str) -> list[dict[str, Any]]:
@@ -263,7 +263,7 @@ def test_the_log_drops_what_a_dead_run_wrote_after_its_checkpoint(tmp_path: Path
 
 
 def test_emulated_arithmetic_is_told_once(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.train.precision.arithmetic", lambda dtype, device: False)
+    monkeypatch.setattr("fewstep.training.precision.arithmetic", lambda dtype, device: False)
     out = io.StringIO()
     trainer(tmp_path, seed, plan(3, precision="fp16"), console=Console(file=out)).run()
     assert out.getvalue().count("precision=fp16: no such arithmetic on this CPU") == 1

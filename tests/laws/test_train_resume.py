@@ -11,7 +11,7 @@ import torch
 from train_toy import ToyData, ToyModel, ToyObjective, assert_same_end, plan, trainer
 
 from fewstep.core.objective import Batch
-from fewstep.train.checkpoint import read
+from fewstep.training.checkpoint import read
 
 _STEPS = 24
 _CASES = {

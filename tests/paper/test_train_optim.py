@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.train.optim import AdamWConfig, BatchedMuon, MuonConfig, orthogonalise
+from fewstep.training.optim import AdamWConfig, BatchedMuon, MuonConfig, orthogonalise
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SHAPES = ((8, 8), (8, 8), (24, 8), (8, 24), (24, 8))
@@ -44,7 +44,7 @@ def test_newton_schulz_acts_on_singular_values_alone(
     shape: tuple[int, int, int], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """U S V^T becomes U p(S) V^T with p = five times a s + b s^3 + c s^5, here in fp32 against float64 by SVD."""
-    monkeypatch.setattr("fewstep.train.optim.arithmetic", lambda dtype, device: False)
+    monkeypatch.setattr("fewstep.training.optim.arithmetic", lambda dtype, device: False)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     s = s / s.norm(dim=-1, keepdim=True)

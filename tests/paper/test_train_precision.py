@@ -11,11 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from train_toy import ROWS, ToyData, ToyModel, ToyObjective, plan, trainer
 
 from fewstep.core.random import CounterRng
-from fewstep.train.checkpoint import read
-from fewstep.train.health import Diverged
-from fewstep.train.optim import AdamWConfig
-from fewstep.train.plan import Plan
-from fewstep.train.precision import BF16, FP16, FP32, LossScale, Precision, Rounded
+from fewstep.training.checkpoint import read
+from fewstep.training.health import Diverged
+from fewstep.training.optim import AdamWConfig
+from fewstep.training.plan import Plan
+from fewstep.training.precision import BF16, FP16, FP32, LossScale, Precision, Rounded
 
 _HALVES = (torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulate on every machine: native fp16 is slow on some."""
-    monkeypatch.setattr("fewstep.train.precision.arithmetic", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr("fewstep.training.precision.arithmetic", lambda dtype, device: dtype == torch.float32)
 
 
 def test_the_scale_follows_torchs_grad_scaler(seed: int) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from fewstep.train.schedule import SCHEDULES, Cosine, MultiStep, WarmupStableDecay
+from fewstep.training.schedule import SCHEDULES, Cosine, MultiStep, WarmupStableDecay
 
 
 def test_deepseek_multi_step() -> None:

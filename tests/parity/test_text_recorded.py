@@ -7,7 +7,7 @@ import pytest
 
 from fewstep.text.chat import ChatTemplate
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.train.data import BPEConfig
+from fewstep.training.data import BPEConfig
 
 RECORDED = json.loads(Path(__file__).with_name("text_recorded.json").read_text(encoding="utf-8"))
 

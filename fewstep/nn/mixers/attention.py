@@ -155,7 +155,7 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """q [B,H,T,E] and keys beside values [B,2G,T,E], normed and turned by position."""
         batch, count, _ = x.shape
-        heads = self.qkv(x).view(batch, count, -1, self.head_width).transpose(1, 2)
+        heads = self.qkv(x).view(batch, count, self.heads + 2 * self.kv_heads, self.head_width).transpose(1, 2)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

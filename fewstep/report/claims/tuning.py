@@ -16,14 +16,14 @@ from fewstep.models.model import Model
 from fewstep.nn.heads import ParallelHeads, ParallelHeadsConfig
 from fewstep.recipes.run import cache_directory
 from fewstep.report.claims.claim import Bench
-from fewstep.train.data import DATA, DataConfig, prepare
-from fewstep.train.objectives.multi_token import MultiTokenConfig
-from fewstep.train.objectives.next_token import NextTokenConfig
-from fewstep.train.optim import OPTIMS
-from fewstep.train.plan import Budget, Plan, Run
-from fewstep.train.precision import PRECISIONS
-from fewstep.train.schedule import SCHEDULES
-from fewstep.train.trainer import Trainer
+from fewstep.training.data import DATA, DataConfig, prepare
+from fewstep.training.objectives.multi_token import MultiTokenConfig
+from fewstep.training.objectives.next_token import NextTokenConfig
+from fewstep.training.optim import OPTIMS
+from fewstep.training.plan import Budget, Plan, Run
+from fewstep.training.precision import PRECISIONS
+from fewstep.training.schedule import SCHEDULES
+from fewstep.training.trainer import Trainer
 
 
 def trained_draft(bench: Bench, depth: int = 2) -> Model:

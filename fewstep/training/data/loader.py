@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.core.objective import Batch
 from fewstep.core.random import CounterRng
-from fewstep.train.data.shards import Shard
+from fewstep.training.data.shards import Shard
 
 
 @final

@@ -10,10 +10,10 @@ from typing import final
 
 from fewstep.core.objective import Batch
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.train.data.bpe import BPEConfig
-from fewstep.train.data.grouping import Document
-from fewstep.train.data.loader import Loader, validation_batches
-from fewstep.train.data.shards import (
+from fewstep.training.data.bpe import BPEConfig
+from fewstep.training.data.grouping import Document
+from fewstep.training.data.loader import Loader, validation_batches
+from fewstep.training.data.shards import (
     INDEX,
     Index,
     PartEntry,
@@ -24,7 +24,7 @@ from fewstep.train.data.shards import (
     token_dtype,
     write_atomically,
 )
-from fewstep.train.data.sources import Corpus, DataConfig, Part
+from fewstep.training.data.sources import Corpus, DataConfig, Part
 
 TOKENIZER = "tokenizer"
 Progress = Callable[[str], None]

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, final
 from pydantic import Field
 
 from fewstep.core.recipe import Config
-from fewstep.train.data.grouping import Document, hold_out, near_duplicates
+from fewstep.training.data.grouping import Document, hold_out, near_duplicates
 
 Part = Literal["train", "validation"]
 PARTS: tuple[Part, Part] = ("train", "validation")

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.core.recipe import Config
-from fewstep.train.precision import arithmetic
+from fewstep.training.precision import arithmetic
 
 
 @final

@@ -12,7 +12,7 @@ from fewstep.core.random import Rng
 from fewstep.core.recipe import Config
 from fewstep.models.decoder import Decoder, Encoded
 from fewstep.nn.heads import ParallelHeads, SequentialHeads
-from fewstep.train.objectives.next_token import labels, token_loss
+from fewstep.training.objectives.next_token import labels, token_loss
 
 
 class MultiTokenConfig(Config):

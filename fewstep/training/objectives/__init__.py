@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from fewstep.core.recipe import Config
-from fewstep.train.objectives.multi_token import MultiTokenConfig
-from fewstep.train.objectives.next_token import NextTokenConfig
+from fewstep.training.objectives.multi_token import MultiTokenConfig
+from fewstep.training.objectives.next_token import NextTokenConfig
 
 OBJECTIVES: Mapping[str, type[Config]] = MappingProxyType({c.kind: c for c in (NextTokenConfig, MultiTokenConfig)})

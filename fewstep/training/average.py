@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from fewstep.train.checkpoint import tensors_of
+from fewstep.training.checkpoint import tensors_of
 
 
 @final

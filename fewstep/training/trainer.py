@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fewstep.core.objective import Batch, Loss, Objective
 from fewstep.core.random import CounterRng
-from fewstep.train.average import WeightAverage
-from fewstep.train.checkpoint import Checkpoint, Checkpoints, load_tensors, pack, tensors_of, unpack
-from fewstep.train.health import Diverged, Watch
-from fewstep.train.interrupt import Interrupt
-from fewstep.train.log import Bar, Log, duration
-from fewstep.train.meter import Measured, Meter, mean
-from fewstep.train.plan import Plan, Used
+from fewstep.training.average import WeightAverage
+from fewstep.training.checkpoint import Checkpoint, Checkpoints, load_tensors, pack, tensors_of, unpack
+from fewstep.training.health import Diverged, Watch
+from fewstep.training.interrupt import Interrupt
+from fewstep.training.log import Bar, Log, duration
+from fewstep.training.meter import Measured, Meter, mean
+from fewstep.training.plan import Plan, Used
 
 
 class Data(Protocol):

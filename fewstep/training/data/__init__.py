@@ -6,11 +6,11 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fewstep.train.data.bpe import BPEConfig
-from fewstep.train.data.dataset import Dataset, prepare
-from fewstep.train.data.loader import Loader
-from fewstep.train.data.sources import Corpus, DataConfig, TextConfig
-from fewstep.train.data.stdlib import StdlibConfig
+from fewstep.training.data.bpe import BPEConfig
+from fewstep.training.data.dataset import Dataset, prepare
+from fewstep.training.data.loader import Loader
+from fewstep.training.data.sources import Corpus, DataConfig, TextConfig
+from fewstep.training.data.stdlib import StdlibConfig
 
 DATA: Mapping[str, type[DataConfig]] = MappingProxyType({config.kind: config for config in (StdlibConfig, TextConfig)})
 TOKENIZERS: Mapping[str, type[BPEConfig]] = MappingProxyType({config.kind: config for config in (BPEConfig,)})

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, final
 
-from fewstep.train.data.grouping import Document
-from fewstep.train.data.sources import DataConfig
+from fewstep.training.data.grouping import Document
+from fewstep.training.data.sources import DataConfig
 
 _FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
 _GENERATED = frozenset({"encodings", "pydoc_data"})  # tables: primed xz needs 0.12 bits per byte of `encodings`

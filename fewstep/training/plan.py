@@ -8,9 +8,9 @@ from typing import Any, Self, cast, final
 from pydantic import Field, model_validator
 
 from fewstep.core.recipe import Config, Recipe
-from fewstep.train.optim import Optim
-from fewstep.train.precision import Precision
-from fewstep.train.schedule import Schedule
+from fewstep.training.optim import Optim
+from fewstep.training.precision import Precision
+from fewstep.training.schedule import Schedule
 
 
 @final
