@@ -32,8 +32,8 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m "not claims"
 
 lint: $(VENV)/.installed-dev
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check fewstep tests benchmarks
+	$(RUN) -m ruff format --check fewstep tests benchmarks
 	$(RUN) -m mypy
 
 # Everything that needs large samples, live peers or an idle machine.

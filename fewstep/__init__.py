@@ -4,21 +4,33 @@ The public face: `load`, `generate`, `train`, `reproduce`. Each name is imported
 costs little more than `import torch`.
 """
 
+from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fewstep.face import generate, load, reproduce, train
+    from fewstep.face import generate
+    from fewstep.hub.load import load
+    from fewstep.recipes.run import train
+    from fewstep.report.reproduce import reproduce
+
+_HOMES = MappingProxyType(
+    {
+        "generate": "fewstep.face",
+        "load": "fewstep.hub.load",
+        "train": "fewstep.recipes.run",
+        "reproduce": "fewstep.report.reproduce",
+    }
+)
 
 __all__ = ["generate", "load", "reproduce", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from fewstep import face
-
-        return getattr(face, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ app = typer.Typer(
 race_app = typer.Typer(no_args_is_help=True, help="Quality against calls and seconds, every technique on the same chart.")
 app.add_typer(race_app, name="race")
 
-Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="FIELD=VALUE", help="Set a field; may be repeated.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field; may be repeated.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A shipped name, a model or run folder, or a hub id.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: as many as PyTorch takes.")]
 
@@ -52,7 +52,7 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON ins
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a .toml or .json file.")],
     set_: Set = None,
-    out: Annotated[Optional[Path], typer.Option(help="The run folder; default runs/RECIPE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -69,8 +69,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
     drafter: Annotated[str, typer.Option(help="auto, silent, ngram, mtp, or draft_model=PATH.")] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option()] = 64,
-    seed: Annotated[int, typer.Option()] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to emit at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
     set_: Set = None,
     stats: Annotated[bool, typer.Option("--stats", help="Colour each token by how it was obtained, and print the cost.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -78,7 +78,7 @@ def generate(
     threads: Threads = 0,
 ) -> None:
     """Continue a prompt. --set takes drafter.FIELD and sampling fields, e.g. --set top_p=0.9 --set drafter.branching=[2,1,1]."""
-    from fewstep.face import load
+    from fewstep.hub.load import load
     from fewstep.report.console import print_generation
 
     _use(threads)
@@ -95,10 +95,10 @@ def convert(
     model: ModelName,
     to: Annotated[str, typer.Option(help="The layout to write: hf or fewstep.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
 ) -> None:
     """Write a model in another layout."""
-    from fewstep.face import load
+    from fewstep.hub.load import load
     from fewstep.hub.save import save_hf
 
     if to not in ("hf", "fewstep"):
@@ -111,10 +111,10 @@ def convert(
 @race_app.command("decode")
 def race_decode(
     model: ModelName,
-    prompts: Annotated[Optional[Path], typer.Option(help="JSONL with a field prompt; default: the model's held-out prompts.")] = None,
-    drafter: Annotated[Optional[list[str]], typer.Option(help="Only these drafters; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option()] = 64,
-    temperature: Annotated[float, typer.Option()] = 0.0,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with a field `prompt`; default: held-out ones.")] = None,
+    drafter: Annotated[list[str] | None, typer.Option(help="Only these drafters; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to emit at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     rounds: Annotated[int, typer.Option(help="Times each entrant runs; the order alternates.")] = 3,
     count: Annotated[int, typer.Option(help="Prompts to use.")] = 16,
     batch: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
@@ -124,7 +124,7 @@ def race_decode(
     threads: Threads = 0,
 ) -> None:
     """Race the drafters over held-out prompts: same weights, dtype, threads and prompts, in alternating order."""
-    from fewstep.face import load
+    from fewstep.hub.load import load
     from fewstep.report.race import RaceConfig, race_decode_model
 
     _use(threads)
@@ -142,7 +142,7 @@ def race_decode(
 
 @app.command()
 def reproduce(
-    name: Annotated[Optional[str], typer.Argument(help="A claim; see `fewstep systems`.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A claim; see `fewstep systems`.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Measure every claim.")] = False,
     out: Annotated[Path, typer.Option(help="The folder for the JSON reports.")] = Path("runs/reproduce"),
     set_: Set = None,

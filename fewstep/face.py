@@ -1,4 +1,4 @@
-"""The functions of `import fewstep`: each a few lines over the rooms that do the work."""
+"""`fewstep.generate`, and how a drafter gets its second model: a few lines over the rooms that do the work."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,16 +6,12 @@ from typing import Any
 
 from fewstep.core.draft import Drafter
 from fewstep.core.recipe import parse
-from fewstep.decode.drafters import DrafterConfig
+from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.generate import Completion
 from fewstep.decode.text import GenerationConfig, Prompts, pick_drafter
 from fewstep.decode.text import generate as generate_rows
 from fewstep.hub.load import load
 from fewstep.models.model import Model
-from fewstep.recipes.run import train
-from fewstep.report.reproduce import reproduce
-
-__all__ = ["generate", "load", "load_target", "reproduce", "train"]
 
 
 def generate(

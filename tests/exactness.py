@@ -39,13 +39,17 @@ def reference_law(logits: Sequence[float], history: Sequence[int], config: Sampl
             kept.add(token)
             mass += law[token]
         law = [p if token in kept else 0.0 for token, p in enumerate(law)]
-    law = [p if p >= config.min_p * max(law) else 0.0 for p in law]
-    return [p / sum(law) for p in law]
+    floor = config.min_p * max(law)
+    law = [p if p >= floor else 0.0 for p in law]
+    total = sum(law)
+    return [p / total for p in law]
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
-    weights = [math.exp(score - max(scores)) for score in scores]
-    return [weight / sum(weights) for weight in weights]
+    best = max(scores)
+    weights = [math.exp(score - best) for score in scores]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def joint_law(after: After, prompt: Sequence[int], vocab: int, length: int, config: SamplingConfig) -> Tensor:
@@ -88,12 +92,18 @@ def cells(tokens: Tensor, vocab: int) -> Tensor:
 
 
 def chi_square(observed: Tensor, law: Tensor) -> float:
-    """The p-value of cell numbers [n] against a law, cells expected under 5 times pooled; 0 if an impossible cell occurred."""
+    """The p-value of cell numbers [n] against a law, cells expected under 10 times pooled; 0 if an impossible cell occurred."""
     counts, expected = torch.bincount(observed, minlength=len(law)).double(), law * len(observed)
     if bool((counts[law == 0] > 0).any()):
         return 0.0
-    common = expected >= 5
-    counts = torch.cat([counts[common], counts[~common].sum().reshape(1)])
-    expected = torch.cat([expected[common], expected[~common].sum().reshape(1)])
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    return float(chi2.sf(float(((counts - expected) ** 2 / expected).sum()), max(1, len(expected) - 1)))
+    order = expected.argsort()
+    counts, expected = counts[order], expected[order]
+    # the rarest cells become one, large enough for the asymptotic law to hold
+    rare = max(1, int((expected < 10).sum()))
+    while rare < len(law) and float(expected[:rare].sum()) < 10:
+        rare += 1
+    counts = torch.cat([counts[:rare].sum().reshape(1), counts[rare:]])
+    expected = torch.cat([expected[:rare].sum().reshape(1), expected[rare:]])
+    if len(expected) == 1:  # one outcome, and nothing impossible happened
+        return 1.0
+    return float(chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1))

@@ -43,5 +43,7 @@ class Cost:
 @final
 @dataclass(frozen=True, slots=True)
 class Event(Generic[P]):
+    """A payload, and the cost of everything up to it."""
+
     payload: P
     cost: Cost

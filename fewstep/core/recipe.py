@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar, final
 
 from pydantic import (
     BaseModel,
@@ -111,6 +111,7 @@ def _one_line(first: ErrorDetails, field: str) -> str:
     return f"{place}={first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
+@final
 class Recipe(BaseModel):
     """A named set of configs, one per section, that a run is built from and that is saved with its weights."""
 

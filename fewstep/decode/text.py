@@ -13,8 +13,8 @@ from torch import Tensor
 from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost, Event
 from fewstep.core.recipe import lookup, parse
-from fewstep.decode.drafters import DRAFTERS, DrafterConfig
-from fewstep.decode.drafters.config import Load
+from fewstep.decode.drafters import DRAFTERS
+from fewstep.decode.drafters.config import DrafterConfig, Load
 from fewstep.decode.generate import Completion, Transcripts, requests
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.narrate import Narrator, Piece
@@ -24,6 +24,7 @@ from fewstep.models.model import Model
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
 
 
+@final
 class GenerationConfig(SamplingConfig):
     """How a text goes on: the sampling law, and how much of it.
 
@@ -81,7 +82,7 @@ class Generation:
         self._transcripts, self._rows = Transcripts(rows), rows
         settings = Settings(
             max_new_tokens=config.max_new_tokens,
-            eos=() if config.ignore_eos else model.eos,
+            eos=() if config.ignore_eos else model.eos_ids,
             budget=config.budget,
             keep_logits=config.keep_logits,
         )

@@ -32,7 +32,7 @@ def load(source: str | Path, device: torch.device | str = "cpu", dtype: str | to
     if own and theirs:
         raise ValueError(f"model={str(source)!r}: holds both {RECIPE} (fewstep) and {CONFIG} (Hugging Face); remove one of them")
     if theirs:
-        return read_hf(directory, str(source), device, dtype)
+        return read_hf(directory, directory.resolve().name if Path(source).is_dir() else str(source), device, dtype)
     if not own and (directory / RUN).is_dir():
         directory = newest(directory)
     elif not own:

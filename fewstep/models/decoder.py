@@ -27,6 +27,7 @@ from fewstep.nn.slots import Slots
 from fewstep.nn.stack import StackState
 
 
+@final
 class DecoderConfig(BlockConfig):
     """A decoder. `mixers` lists the mixer of each layer and repeats over the depth; `heads` are trained beside the trunk."""
 

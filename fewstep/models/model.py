@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fewstep.core.recipe import Config, resolve
 from fewstep.models.decoder import Decoder, DecoderConfig
-from fewstep.models.weights import Stored, check, distinct, fill, floating, headers, read_json, shards, write
+from fewstep.models.weights import Stored, check, distinct, fill, floating, headers, read_json, shards, write, write_texts
 from fewstep.text.chat import ChatTemplate
 from fewstep.text.tokenizer import Tokenizer
 
@@ -25,7 +25,6 @@ MODELS: Mapping[str, type[Config]] = MappingProxyType({DecoderConfig.kind: Decod
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 )
-
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 TEMPLATES = "additional_chat_templates"
@@ -40,10 +39,16 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def settings_of(directory: Path) -> dict[str, str]:
-    """The text files beside a tokenizer that say how to use it (special tokens, chat templates, generation), by relative name."""
+def beside(directory: Path, vocab: int) -> tuple[Tokenizer | None, ChatTemplate | None, dict[str, str]]:
+    """What stands beside the weights of a model of `vocab` tokens: tokenizer, chat template, and the settings that name them.
+
+    The settings are text files by relative name. Raises ValueError for a damaged file or a tokenizer with more than `vocab` ids.
+    """
+    tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
+    _fitting(tokenizer, vocab)
     paths = [*(directory / name for name in SETTINGS), *sorted((directory / TEMPLATES).glob("*.jinja"))]
-    return {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+    settings = {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+    return tokenizer, ChatTemplate.load(directory), settings
 
 
 def assemble(
@@ -68,9 +73,11 @@ def assemble(
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
     check(named(network), stored, source)
-    network = network.to(floating(stored) if dtype == "auto" else dtype_of(dtype)).to_empty(device=device)
+    dtype = floating(stored) if dtype == "auto" else dtype_of(dtype)
+    empty = {name: torch.empty(tensor.shape, dtype=dtype, device=device) for name, tensor in network.state_dict().items()}
+    network.load_state_dict(empty, assign=True)
     if config.tied:
-        network.head.weight = network.embedding.weight  # to_empty made two tensors of the one
+        network.head.weight = network.embedding.weight
     fill(named(network), stored)
     return network
 
@@ -101,7 +108,7 @@ class Model:
         chat: ChatTemplate | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        suited(tokenizer, network.vocab)
+        _fitting(tokenizer, network.vocab)
         self.network = network.eval()
         self.tokenizer = tokenizer
         self.recipe: dict[str, Any] = {**(recipe or {}), "model": network.config.model_dump(mode="json")}
@@ -130,40 +137,28 @@ class Model:
         if "model" not in recipe:
             raise ValueError(f"{directory / 'recipe.json'}: no section 'model'; this is not a model's recipe")
         config = cast(DecoderConfig, resolve(recipe["model"], MODELS, "model"))
-        tokenizer = read_tokenizer(directory, config.vocab)
+        tokenizer, chat, settings = beside(directory, config.vocab)
         network = assemble(config, headers(shards(directory)), str(directory), device=device, dtype=dtype)
-        return cls(network, tokenizer, recipe, chat=ChatTemplate.load(directory), settings=settings_of(directory))
+        return cls(network, tokenizer, recipe, chat=chat, settings=settings)
 
     def save(self, directory: Path | str, dtype: str | torch.dtype | None = None) -> None:
         """Write the model directory, its weights as `dtype` (None: as they are). Raises ValueError when the disk refuses."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        write_texts(directory, self.texts())
         weights = distinct(self.network.state_dict(keep_vars=True))
         write(directory / "weights.safetensors", weights, None if dtype is None else dtype_of(dtype))
-        for name, text in {**self.texts(), "recipe.json": json.dumps(self.recipe, indent=2)}.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).write_text(text, encoding="utf-8")
+        write_texts(directory, {"recipe.json": json.dumps(self.recipe, indent=2)})
 
     def texts(self) -> dict[str, str]:
         """The tokenizer's file and the settings beside it, by name."""
         return {**({} if self.tokenizer is None else self.tokenizer.files()), **self.settings}
 
 
-def suited(tokenizer: Tokenizer | None, vocab: int) -> None:
-    """Raises ValueError if `tokenizer` has ids that a model of `vocab` tokens lacks."""
+def _fitting(tokenizer: Tokenizer | None, vocab: int) -> None:
     if tokenizer is not None and tokenizer.vocab > vocab:
         raise ValueError(
             f"tokenizer vocab={tokenizer.vocab}: larger than the model's vocab={vocab}; use the tokenizer it was trained with"
         )
-
-
-def read_tokenizer(directory: Path, vocab: int) -> Tokenizer | None:
-    """The tokenizer in `directory`, None if there is none. Raises ValueError for one with more than `vocab` ids."""
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    tokenizer = Tokenizer.load(directory)
-    suited(tokenizer, vocab)
-    return tokenizer
 
 
 def _eos_ids(recipe: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:

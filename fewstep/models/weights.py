@@ -136,6 +136,7 @@ def write(path: Path, named: Mapping[str, Tensor], dtype: torch.dtype | None = N
     partial = path.with_name(f".{path.name}.partial")
     portable = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         mode = partial.stat().st_mode
         save_file(portable, partial, metadata={"format": "pt"})
@@ -144,6 +145,18 @@ def write(path: Path, named: Mapping[str, Tensor], dtype: torch.dtype | None = N
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise ValueError(f"{path}: could not be written ({error}); free some space or choose another place") from None
+
+
+def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
+    """Write text files by name relative to `directory`, whose folders are made. Raises ValueError when the disk refuses."""
+    for name, text in texts.items():
+        try:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"{directory / name}: could not be written ({error}); free some space or choose another place"
+            ) from None
 
 
 def read_json(path: Path) -> dict[str, object]:

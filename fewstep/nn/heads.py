@@ -19,6 +19,7 @@ Embed = Callable[[Tensor], Tensor]
 MakeBlock = Callable[[], Block]
 
 
+@final
 class SequentialHeadsConfig(Config):
     """`depth` modules in sequence, each one block that also reads the embedding of the token before the one it predicts."""
 
@@ -32,6 +33,7 @@ class SequentialHeadsConfig(Config):
         return SequentialHeads(self.depth, width, eps, make_block)
 
 
+@final
 class ParallelHeadsConfig(Config):
     """`depth` extra one-block heads side by side on the trunk, beside its own last block, which predicts the next token."""
 

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are packed for decoding on a CPU. This file knows no model: it replaces layers wherever they are."""
+"""Linear layers whose weights are packed for decoding on a CPU. This file knows no model: it replaces layers anywhere."""
 
 from typing import Any, final
 

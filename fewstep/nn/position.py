@@ -13,6 +13,7 @@ from fewstep.core.position import NoPosition, Shared
 from fewstep.core.recipe import Config
 
 
+@final
 class NoPositionConfig(Config):
     """No position encoding: order is known from the causal mask alone."""
 
@@ -23,6 +24,7 @@ class NoPositionConfig(Config):
         return NoPosition()
 
 
+@final
 class RopeConfig(Config):
     """Rotary position embedding; `scaling` stretches the context of a trained model by `factor`."""
 

@@ -79,7 +79,9 @@ def build_network(recipe: Recipe, dataset: Dataset, seed: int) -> Decoder:
     """The recipe's model with weights drawn from `seed`. Raises ValueError if the tokenizer has more ids than the model."""
     config = cast(Any, recipe["model"])
     if dataset.tokenizer.vocab > config.vocab:
-        raise ValueError(f"model.vocab={config.vocab}: the tokenizer has {dataset.tokenizer.vocab} ids; set model.vocab to at least that")
+        raise ValueError(
+            f"model.vocab={config.vocab}: the tokenizer has {dataset.tokenizer.vocab} ids; set model.vocab to at least that"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cast(Decoder, config.build())

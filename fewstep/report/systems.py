@@ -11,7 +11,6 @@ from types import MappingProxyType
 from rich.console import Console
 from rich.table import Table
 
-import fewstep
 from fewstep.core.recipe import Config
 from fewstep.decode.drafters import DRAFTERS
 from fewstep.nn.heads import HEADS
@@ -29,6 +28,7 @@ ROOMS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
     }
 )
 
+_ROOT = Path(__file__).parents[1]
 _YEAR = re.compile(r"\b(19|20)\d\d\b(?!\.)")
 _ARXIV = re.compile(r"\b(\d\d)(\d\d)\.\d{4,5}\b")
 
@@ -79,7 +79,7 @@ def _year(source: str) -> str:
 
 def _file(config: type[Config]) -> str:
     path = inspect.getsourcefile(config)
-    return Path(path).relative_to(Path(fewstep.__path__[0]).parent).as_posix() if path else ""
+    return Path(path).relative_to(_ROOT.parent).as_posix() if path else ""
 
 
 def _measured() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what works end to end on a tiny model, and one line with exit code 2 for every bad input."""
+"""The command line as a user meets it: end to end on a tiny model, and one line with exit code 2 for every bad input."""
 
 import json
 import shutil

@@ -15,7 +15,6 @@ RANKS: Mapping[str, int] = {
     "diffusion": 1,
     "models": 2,
     "decode": 3,
-    "train": 4,
     "training": 4,
     "hub": 5,
     "recipes": 6,

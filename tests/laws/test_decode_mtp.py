@@ -1,4 +1,4 @@
-"""Drafting with multi-token heads: what is proposed is what the heads' parallel form predicts, and the output is plain decoding's."""
+"""Drafting with multi-token heads: proposals are what the heads' parallel form predicts, and the output is plain decoding's."""
 
 from typing import Any
 

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from fewstep.hub import load as load_module
-from fewstep.hub.huggingface import save_hf
 from fewstep.hub.load import load
+from fewstep.hub.save import save_hf
 from fewstep.models import weights
 from fewstep.models.decoder import DecoderConfig
 from fewstep.models.model import Model

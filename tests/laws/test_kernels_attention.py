@@ -1,6 +1,5 @@
 """Decode attention against float64, and the law that makes trees and chains agree: a query's result depends on its keys alone."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -8,41 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fewstep.nn.kernels import attend, build
+from fewstep.nn.kernels import attend
 from fewstep.nn.kernels.kernel import default_kernel
 
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def built_paths() -> tuple[str, ...]:
-    try:
-        return build.paths()
-    except build.BuildError:
-        return ()
-
-
-PATHS = built_paths()
-needs_compiler = pytest.mark.skipif(not PATHS, reason="no C compiler here: the kernel cannot be built")
-
-
-@pytest.fixture(scope="module", params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one instruction-set path, in use."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWSTEP_KERNELS", request.param)
-        default_kernel.cache_clear()
-        kernel = default_kernel()
-        assert kernel is not None and kernel.path == request.param
-        yield request.param
-    default_kernel.cache_clear()
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Gives the thread count back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytest_plugins = ("kernel_paths",)
 
 
 @dataclass(frozen=True)
@@ -93,7 +64,7 @@ SIZES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_equals_float64_up_to_rounding(
-    path: str, sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, seed: int
+    kernel_path: str, sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, seed: int
 ) -> None:
     scene = Scene.draw(sizes, dtype, seed)
     for visible in (None, scene.visible):
@@ -105,7 +76,7 @@ def test_equals_float64_up_to_rounding(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(2, 6, 2, 11, 90, 32), (3, 4, 4, 3, 50, 40), (1, 8, 4, 32, 65, 64)])
 def test_a_query_depends_on_the_keys_it_sees_alone(
-    path: str, threads: None, sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, seed: int
+    kernel_path: str, threads_restored: None, sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, seed: int
 ) -> None:
     scene = Scene.draw(sizes, dtype, seed)
     for count in (1, 2):  # sizes exceed the work that a second thread waits for
@@ -119,8 +90,7 @@ def test_a_query_depends_on_the_keys_it_sees_alone(
                 assert torch.equal(alone[0, 0], y[b, t]), (count, b, t)
 
 
-@needs_compiler
-def test_one_mask_serves_all_rows(seed: int) -> None:
+def test_one_mask_serves_all_rows(kernel_path: str, seed: int) -> None:
     scene = Scene.draw((3, 4, 2, 5, 20, 16), torch.float32, seed)
     shared = scene.visible[:1]
     expanded = attend(scene.q, scene.k, scene.v, shared.expand(3, -1, -1, -1).contiguous())
@@ -130,7 +100,9 @@ def test_one_mask_serves_all_rows(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_query_that_sees_nothing_gives_zeros_and_nan_stays_in_its_query(path: str, dtype: torch.dtype, seed: int) -> None:
+def test_a_query_that_sees_nothing_gives_zeros_and_nan_stays_in_its_query(
+    kernel_path: str, dtype: torch.dtype, seed: int
+) -> None:
     scene = Scene.draw((2, 4, 2, 6, 30, 16), dtype, seed)
     clean = attend(scene.q, scene.k, scene.v, scene.visible)
     scene.visible[1, 0, 2] = False
@@ -141,8 +113,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_nan_stays_in_its_query(path: 
     assert torch.equal(y, clean)
 
 
-@needs_compiler
-def test_scale_and_empty_calls(seed: int) -> None:
+def test_scale_and_empty_calls(kernel_path: str, seed: int) -> None:
     scene = Scene.draw((2, 4, 2, 3, 20, 16), torch.float32, seed)
     halved = attend(scene.q * 0.5, scene.k, scene.v, scale=0.25)  # powers of two: exact
     assert torch.equal(halved, attend(scene.q, scene.k, scene.v, scale=0.125))
@@ -151,9 +122,8 @@ def test_scale_and_empty_calls(seed: int) -> None:
     assert not attend(scene.q, scene.k[:, :, :0], scene.v[:, :, :0]).any()
 
 
-@needs_compiler
 @pytest.mark.claims
-def test_torch_compile_keeps_the_operator_whole(seed: int) -> None:
+def test_torch_compile_keeps_the_operator_whole(kernel_path: str, seed: int) -> None:
     scene = Scene.draw((2, 4, 2, 3, 20, 16), torch.bfloat16, seed)
     arguments = (scene.q, scene.k, scene.v, scene.visible)
     with torch.no_grad():
@@ -172,13 +142,13 @@ def test_refusals_name_the_value_and_the_remedy(seed: int) -> None:
         attend(q, k, v, visible[..., 1:])
     with pytest.raises(ValueError, match="shapes"):
         attend(q, k, v[..., 1:])
-    with pytest.raises(ValueError, match="k is torch.bfloat16 on cpu"):
+    with pytest.raises(ValueError, match=r"k is torch.bfloat16 on cpu"):
         attend(q, k.bfloat16(), v)
-    with pytest.raises(ValueError, match="q is torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"q is torch.float64 on cpu"):
         attend(q.double(), k.double(), v.double())
     with pytest.raises(ValueError, match="v has strides"):
         attend(q, k, v.mT.contiguous().mT)
-    with pytest.raises(ValueError, match="visible is torch.float32"):
+    with pytest.raises(ValueError, match=r"visible is torch.float32"):
         attend(q, k, v, visible.float())
     with pytest.raises(ValueError, match="no_grad"):
         attend(q.requires_grad_(), k, v)

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,41 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.nn import kernels
-from fewstep.nn.kernels import build
 from fewstep.nn.kernels.kernel import HugePages, default_kernel
 
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def built_paths() -> tuple[str, ...]:
-    try:
-        return build.paths()
-    except build.BuildError:
-        return ()
-
-
-PATHS = built_paths()
-needs_compiler = pytest.mark.skipif(not PATHS, reason="no C compiler here: the kernel cannot be built")
-
-
-@pytest.fixture(scope="module", params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one instruction-set path, in use."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWSTEP_KERNELS", request.param)
-        default_kernel.cache_clear()
-        kernel = default_kernel()
-        assert kernel is not None and kernel.path == request.param
-        yield request.param
-    default_kernel.cache_clear()
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Gives the thread count back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytest_plugins = ("kernel_paths",)
 
 
 def operands(
@@ -69,7 +39,7 @@ def error_bound(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Te
 @pytest.mark.parametrize("w_dtype", DTYPES)
 @pytest.mark.parametrize("outputs, inputs", [(1, 1), (16, 2), (15, 33), (64, 64), (130, 257), (257, 130), (80, 1024)])
 def test_equals_float64_up_to_rounding(
-    path: str, outputs: int, inputs: int, w_dtype: torch.dtype, x_dtype: torch.dtype, biased: bool, seed: int
+    kernel_path: str, outputs: int, inputs: int, w_dtype: torch.dtype, x_dtype: torch.dtype, biased: bool, seed: int
 ) -> None:
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 31, 32, 48, 49, 100):
         x, weight, offset = operands(rows, outputs, inputs, (x_dtype, w_dtype), seed + rows)
@@ -83,7 +53,7 @@ def test_equals_float64_up_to_rounding(
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("w_dtype", DTYPES)
 def test_a_row_is_bitwise_the_same_in_any_company(
-    path: str, threads: None, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int
+    kernel_path: str, threads_restored: None, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int
 ) -> None:
     x, weight, bias = operands(100, 1030, 257, (x_dtype, w_dtype), seed)  # large enough for the second thread at one row
     packed = kernels.pack(weight, bias)
@@ -98,7 +68,9 @@ def test_a_row_is_bitwise_the_same_in_any_company(
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("w_dtype", DTYPES)
-def test_nan_and_inf_stay_in_their_row_and_output(path: str, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int) -> None:
+def test_nan_and_inf_stay_in_their_row_and_output(
+    kernel_path: str, w_dtype: torch.dtype, x_dtype: torch.dtype, seed: int
+) -> None:
     x, weight, _ = operands(9, 37, 51, (x_dtype, w_dtype), seed)
     clean = kernels.linear(x, kernels.pack(weight))
     x[2, 7], x[5, 50], weight[11, 3] = torch.inf, torch.nan, torch.nan
@@ -111,7 +83,7 @@ def test_nan_and_inf_stay_in_their_row_and_output(path: str, w_dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packing_loses_nothing(path: str, dtype: torch.dtype, seed: int) -> None:
+def test_packing_loses_nothing(kernel_path: str, dtype: torch.dtype, seed: int) -> None:
     for outputs, inputs in ((1, 1), (16, 8), (33, 7), (100, 130)):
         _, weight, bias = operands(1, outputs, inputs, (dtype, dtype), seed)
         packed = kernels.pack(weight.t().contiguous().t(), bias)
@@ -119,8 +91,7 @@ def test_packing_loses_nothing(path: str, dtype: torch.dtype, seed: int) -> None
         assert weight.nbytes <= packed.nbytes - 4 * outputs <= (outputs + 15) * (inputs + 1) * dtype.itemsize
 
 
-@needs_compiler
-def test_shapes_strides_and_empty_batches(seed: int) -> None:
+def test_shapes_strides_and_empty_batches(kernel_path: str, seed: int) -> None:
     x, weight, bias = operands(24, 40, 36, (torch.float32, torch.float32), seed)
     packed = kernels.pack(weight, bias)
     y = kernels.linear(x, packed)
@@ -132,8 +103,7 @@ def test_shapes_strides_and_empty_batches(seed: int) -> None:
     assert kernels.linear(x.view(2, 12, 36)[:, :0], packed).shape == (2, 0, 40)
 
 
-@needs_compiler
-def test_memory_is_shared_by_weights_and_survives_its_block(seed: int) -> None:
+def test_memory_is_shared_by_weights_and_survives_its_block(kernel_path: str, seed: int) -> None:
     memory = HugePages(block=1 << 16)
     shapes = [(3,), (1000, 7), (9000,), (5, 5), (1 << 15,), (2, 2)]
     held = [memory.zeros(shape, torch.float32) for shape in shapes]
@@ -144,8 +114,7 @@ def test_memory_is_shared_by_weights_and_survives_its_block(seed: int) -> None:
     assert all(bool((tensor == value + 1).all()) for value, tensor in enumerate(held))
 
 
-@needs_compiler
-def test_two_threads_survive_a_fork(threads: None, seed: int) -> None:
+def test_two_threads_survive_a_fork(kernel_path: str, threads_restored: None, seed: int) -> None:
     x, weight, _ = operands(8, 1024, 256, (torch.float32, torch.float32), seed)
     packed = kernels.pack(weight)
     torch.set_num_threads(2)
@@ -165,17 +134,15 @@ def test_two_threads_survive_a_fork(threads: None, seed: int) -> None:
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-@needs_compiler
-def test_the_operator_is_the_function(seed: int) -> None:
+def test_the_operator_is_the_function(kernel_path: str, seed: int) -> None:
     for dtype in DTYPES:
         x, weight, bias = operands(5, 48, 31, (dtype, dtype), seed)
         packed = kernels.pack(weight, bias)
         assert torch.equal(torch.ops.fewstep.skinny_linear(x, packed.data, packed.bias, 48), kernels.linear(x, packed))
 
 
-@needs_compiler
 @pytest.mark.claims
-def test_torch_compile_keeps_the_operator_whole(seed: int) -> None:
+def test_torch_compile_keeps_the_operator_whole(kernel_path: str, seed: int) -> None:
     x, weight, bias = operands(5, 48, 31, (torch.bfloat16, torch.bfloat16), seed)
     packed = kernels.pack(weight, bias)
 

@@ -9,8 +9,8 @@ import torch
 from record_hub import LINEAR, LLAMA3, PROMPT, RECORDED, SIZES, VOCAB, Case, answers, checkpoint
 from test_hub_recorded import assert_same_weights, greedy
 
-from fewstep.hub.huggingface import save_hf
 from fewstep.hub.load import load
+from fewstep.hub.save import save_hf
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model
 from fewstep.nn.heads import SequentialHeadsConfig

@@ -1,6 +1,8 @@
 """Checkpoints written by `transformers` load with its logits and its greedy tokens, and go back bit for bit (`record_hub.py`)."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ from safetensors.torch import load_file
 from fewstep.decode.drafters.silent import Silent
 from fewstep.decode.generate import decode
 from fewstep.decode.stream import Settings
-from fewstep.hub.huggingface import save_hf
 from fewstep.hub.load import load
+from fewstep.hub.save import save_hf
 from fewstep.models.model import Model
 
 DATA = Path(__file__).parent / "data" / "hub"
@@ -59,6 +61,13 @@ def test_the_way_back_through_a_fewstep_directory_and_float32_is_bit_equal(famil
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
     assert_same_weights(DATA / family, tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((DATA / family / "config.json").read_text())
+
+
+@pytest.mark.claims
+def test_loading_does_not_import_the_compiler_of_torch() -> None:
+    code = f"import sys; from fewstep.hub.load import load; load({str(DATA / 'qwen2')!r}); print([*sys.modules])"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'fewstep.hub.load'" in modules and "'torch._dynamo'" not in modules and "'sympy'" not in modules
 
 
 def test_tokenizer_chat_and_ends_come_along_and_go_back(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from types import MappingProxyType
 
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.drafters.ngram import NgramConfig
 from fewstep.decode.drafters.silent import SilentConfig
 
 DRAFTERS: Mapping[str, type[DrafterConfig]] = MappingProxyType(
-    {config.kind: config for config in (SilentConfig, NgramConfig, DraftModelConfig)}
+    {config.kind: config for config in (SilentConfig, NgramConfig, DraftModelConfig, MultiTokenConfig)}
 )

@@ -18,6 +18,7 @@ from fewstep.decode.drafters.grow import Mode, cut, grow
 from fewstep.decode.prefill import placement, prefill
 
 
+@final
 class DraftModelConfig(DrafterConfig):
     """Draft with the model in the directory `path`.
 

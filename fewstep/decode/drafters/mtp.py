@@ -23,6 +23,7 @@ from fewstep.nn.heads import ParallelHeads, SequentialHeads
 from fewstep.nn.mixers.attention import AttentionState
 
 
+@final
 class MultiTokenConfig(DrafterConfig):
     """Draft with the heads that came with the checkpoint.
 
@@ -50,8 +51,9 @@ class MultiTokenConfig(DrafterConfig):
             )
         if max(branching) > target.vocab:
             raise ValueError(f"drafter.branching={branching}: more children than the {target.vocab} tokens there are; lower it")
-        kind = SequentialDrafter if isinstance(heads, SequentialHeads) else ParallelDrafter
-        return kind(heads, target, branching, self.mode)
+        if isinstance(heads, SequentialHeads):
+            return SequentialDrafter(heads, target, branching, self.mode)
+        return ParallelDrafter(heads, target, branching, self.mode)
 
 
 @final

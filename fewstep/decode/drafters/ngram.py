@@ -15,6 +15,7 @@ from fewstep.core.random import Rng
 from fewstep.decode.drafters.config import DrafterConfig, Load
 
 
+@final
 class NgramConfig(DrafterConfig):
     """Look for the longest suffix of `min_ngram` to `max_ngram` tokens that occurred before and propose what followed.
 

@@ -13,6 +13,7 @@ from fewstep.core.random import Rng
 from fewstep.decode.drafters.config import DrafterConfig, Load
 
 
+@final
 class SilentConfig(DrafterConfig):
     """Plain decoding."""
 

@@ -91,7 +91,7 @@ def default_kernel() -> Kernel | None:
 
     Raises: ValueError for any other value. A kernel that cannot be built is a warning, given once.
     """
-    wanted = os.environ.get("FEWSTEP_KERNELS", "auto")
+    wanted = os.environ.get("FEWSTEP_KERNELS") or "auto"
     if wanted == "off":
         return None
     if wanted not in ("auto", *build.PATHS):
@@ -99,7 +99,7 @@ def default_kernel() -> Kernel | None:
     try:
         return Kernel(build.paths()[0] if wanted == "auto" else wanted)
     except build.BuildError as error:
-        notice = f"fewstep decodes with PyTorch's own linear layers, slower here: {error} (FEWSTEP_KERNELS=off silences this)"
+        notice = f"fewstep decodes with PyTorch's own operators, slower here: {error} (FEWSTEP_KERNELS=off silences this)"
         warnings.warn(notice, RuntimeWarning, stacklevel=2)
         return None
 

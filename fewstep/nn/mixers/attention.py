@@ -17,6 +17,7 @@ from fewstep.nn.masks import allowed
 from fewstep.nn.slots import Slots
 
 
+@final
 class AttentionConfig(Config):
     """Multi-head or grouped-query softmax attention. None means: as many key-value heads as heads; width / heads."""
 

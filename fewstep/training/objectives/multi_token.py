@@ -15,6 +15,7 @@ from fewstep.nn.heads import ParallelHeads, SequentialHeads
 from fewstep.training.objectives.next_token import labels, token_loss
 
 
+@final
 class MultiTokenConfig(Config):
     """Next token plus `weight` times the mean loss of the extra heads; `trunk` frozen trains the heads alone."""
 

@@ -17,6 +17,7 @@ from fewstep.models.decoder import Decoder
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
+@final
 class NextTokenConfig(Config):
     """Plain language modelling."""
 
