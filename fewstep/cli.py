@@ -125,7 +125,8 @@ def race_decode(
 ) -> None:
     """Race the drafters over held-out prompts: same weights, dtype, threads and prompts, in alternating order."""
     from fewstep.hub.load import load
-    from fewstep.report.race import RaceConfig, race_decode_model
+    from fewstep.report.contest import RaceConfig
+    from fewstep.report.race import race_decode_model
 
     _use(threads)
     config = RaceConfig(
@@ -137,7 +138,7 @@ def race_decode(
         batch=batch,
         peers=peers,
     )
-    race_decode_model(load(model, dtype=dtype), config, out, prompts)
+    race_decode_model(load(model, dtype=dtype), config, out, prompts, source=model)
 
 
 @app.command()

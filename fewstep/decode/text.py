@@ -5,7 +5,7 @@ This file picks the drafter and knows how text becomes tokens. It knows no file 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, cast, final
 
 from pydantic import Field
 from torch import Tensor
@@ -134,7 +134,7 @@ def _encoded(model: Model, prompts: Prompts) -> list[list[int]]:
         return prompts.reshape(-1, prompts.shape[-1]).tolist()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not isinstance(texts[0], str):
-        return [list(map(int, row)) for row in texts]
+        return [[int(token) for token in cast(Sequence[int], row)] for row in texts]
     if model.tokenizer is None:
         raise ValueError("prompt: text, but the model has no tokenizer; give token ids, or load it with its tokenizer.json")
     encoded = [model.tokenizer.encode(str(text)) for text in texts]

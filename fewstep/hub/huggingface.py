@@ -4,6 +4,7 @@ Nothing in them is run: no pickle is read and code that `auto_map` names is igno
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,8 @@ def read_hf(directory: Path, name: str, device: torch.device | str = "cpu", dtyp
     tokenizer, chat, settings = beside(directory, config.vocab)
     files = [*shards(directory, (WEIGHTS,)), *([directory / HEADS_FILE] if heads else [])]
     stored = {key: header for key, header in headers(files).items() if not key.endswith(family.computed)}
-    network = assemble(
-        config,
-        stored,
-        str(directory),
-        device=device,
-        dtype=dtype,
-        named=lambda network: family_names(network, family),
-    )
+    named = partial(family_names, family=family)
+    network = assemble(config, stored, str(directory), device=device, dtype=dtype, named=named)
     return Model(network, tokenizer, recipe, chat=chat, settings=settings)
 
 

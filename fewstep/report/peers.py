@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fewstep.core.event import Cost
-from fewstep.hub.huggingface import save_hf
+from fewstep.hub.save import save_hf
 from fewstep.models.model import Model
 from fewstep.report.contest import Contestant, Lap, RaceConfig
 

@@ -30,7 +30,7 @@ from fewstep.report.peers import LIBRARY, transformers_peers
 from fewstep.report.prompts import Prompt, prompts_for, read_prompts
 
 PAGE = "race.html"
-_PROFILED = 4  # prompts on which proposals are timed
+_PROFILED = 2  # prompts on which proposals are timed
 
 
 @final

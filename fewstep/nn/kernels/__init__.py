@@ -4,7 +4,7 @@ They are C, built by the system's compiler at first use; without a compiler the 
 """
 
 from fewstep.nn.kernels.attention import attend
-from fewstep.nn.kernels.kernel import available
+from fewstep.nn.kernels.kernel import DTYPES, available
 from fewstep.nn.kernels.skinny import Packed, linear, pack
 
-__all__ = ["Packed", "attend", "available", "linear", "pack"]
+__all__ = ["DTYPES", "Packed", "attend", "available", "linear", "pack"]

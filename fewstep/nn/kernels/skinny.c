@@ -62,7 +62,7 @@ INLINE void tile(const enum kind kind, const int rows, const int panels, const c
     for (; steps > 0; steps--, w += LINE, ahead += pace, x += halves) {
 #pragma GCC unroll 4
         for (int p = 0; p < panels; p++) __builtin_prefetch(ahead + p * stride);
-        if (rows <= 2 && kind != BF16) { /* few rows: load a line once for both its halves */
+        if (rows <= 2) { /* few rows: load a line once for both its halves */
             vec b[2][2];
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++)

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fewstep.core.mixer import Aux, Causal, Context, Dense, Full, Window
 from fewstep.core.position import NoPosition
 from fewstep.core.recipe import Config
+from fewstep.nn import kernels
 from fewstep.nn.masks import allowed
 from fewstep.nn.slots import Slots
 
@@ -43,6 +44,9 @@ class AttentionConfig(Config):
 
     def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "Attention":
         return Attention(self, width, heads, position or NoPosition())
+
+
+FEW = 64  # queries up to which a CPU decodes with the kernel, whose results do not depend on what shares the call
 
 
 @final
@@ -135,12 +139,15 @@ class Attention(nn.Module):
         slots, count = state.slots, x.shape[1]
         k, v = state.cache[:, :, : slots.end].split(self.kv_heads, 1)
         window = mask.size if isinstance(mask, Window) else None
-        if slots.base == 0 and slots.parent is None and count == slots.end and window is None:
+        few = count <= FEW and not torch.is_grad_enabled() and q.is_cpu and q.dtype in kernels.DTYPES and kernels.available()
+        if not few and slots.base == 0 and slots.parent is None and count == slots.end and window is None:
             return self._attend(q, k, v, None, causal=True), state
-        key = ("attention", window)
+        key = ("attention", window, few)
         if key not in ctx.shared:
             visible = slots.visible(count, window)
-            ctx.shared[key] = None if visible is None else _additive(visible, q.dtype)
+            ctx.shared[key] = visible if few or visible is None else _additive(visible, q.dtype)
+        if few:
+            return self.out(kernels.attend(q, k, v, ctx.shared[key])), state
         return self._attend(q, k, v, ctx.shared[key]), state
 
     def _mask(self, ctx: Context) -> object:
