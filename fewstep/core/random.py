@@ -7,7 +7,8 @@ uniform and the Gaussian.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Protocol, Self, final
 
 import torch
@@ -79,11 +80,16 @@ class CounterRng:
     """The `Rng` of this library: SplitMix64 mixing of (row seed, stream, position, index), identical on every device.
 
     Source: Salmon et al. 2011 (counter-based generators); the mixing function is Steele et al. 2014.
-    Cost: 8 bytes per row; a draw is about twenty elementwise operations per index level.
+    Cost: 8 bytes per row; a draw is about twenty elementwise operations per index level, `split` and `at` nothing until then.
     """
 
-    def __init__(self, key: Tensor) -> None:
-        self._key = key
+    def __init__(self, key: Tensor | Callable[[], Tensor]) -> None:
+        """`key` [B] int64, or how to make it: a stream that is never drawn from costs nothing."""
+        self._source = key
+
+    @cached_property
+    def _key(self) -> Tensor:
+        return self._source if isinstance(self._source, Tensor) else self._source()
 
     @classmethod
     def seeded(cls, seeds: Tensor | Sequence[int], device: torch.device | str = "cpu") -> "CounterRng":
@@ -105,10 +111,10 @@ class CounterRng:
 
     def split(self, stream: str) -> "CounterRng":
         digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
-        return CounterRng(_absorb(self._key, _signed(int.from_bytes(digest, "little"))))
+        return CounterRng(lambda: _absorb(self._key, _signed(int.from_bytes(digest, "little"))))
 
     def at(self, position: Tensor | int) -> "CounterRng":
-        return CounterRng(_absorb(self._key ^ _MIX1, position))
+        return CounterRng(lambda: _absorb(self._key ^ _MIX1, position))
 
     def fork(self, rows: Tensor) -> "CounterRng":
         return CounterRng(self._key[rows])

@@ -211,7 +211,6 @@ class ParallelDrafter(_HeadsDrafter):
 
 
 def _at(x: Tensor, count: Tensor) -> Tensor:
-    """x [B,W,D] at the last real position, `count` [B] - 1: [B,D]; zeros where there is none at all."""
-    if not x.shape[1]:
-        return x.new_zeros(x.shape[0], x.shape[2])
-    return x.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+    """x [B,W,D] at the last real position, `count` [B] - 1: [B,D]; zeros where there is none."""
+    padded = functional.pad(x, (0, 0, 1, 0))  # a row with nothing reads the padding, whatever shares its batch
+    return padded.gather(1, count[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
