@@ -103,7 +103,7 @@ def convert(
 
     if to not in ("hf", "fewstep"):
         raise ValueError(f"to={to!r}: not known; choose hf or fewstep")
-    loaded = load(model, dtype=dtype or "float32")
+    loaded = load(model, dtype=dtype or "auto", packed=False)
     save_hf(loaded, out) if to == "hf" else loaded.save(out)
     typer.echo(str(out))
 

@@ -11,6 +11,7 @@ from fewstep.core.recipe import suggestion
 from fewstep.hub.download import download
 from fewstep.hub.huggingface import CONFIG, read_hf
 from fewstep.models.model import Model
+from fewstep.nn.packed import pack_linears
 from fewstep.training.checkpoint import Checkpoints
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
@@ -19,8 +20,12 @@ RECIPE, RUN = "recipe.json", "checkpoints"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load(source: str | Path, device: torch.device | str = "cpu", dtype: str | torch.dtype = "float32") -> Model:
+def load(
+    source: str | Path, device: torch.device | str = "cpu", dtype: str | torch.dtype = "float32", *, packed: bool = True
+) -> Model:
     """The model at `source`, its weights as `dtype` ("auto": as stored) on `device`.
+
+    `packed` lays the weights out for decoding where a CPU kernel can be built; set it to False to train the model.
 
     `source` is, and is tried in this order: the name of a shipped model (a string without a slash: write ./NAME for a directory
     of that name); a directory, of fewstep (recipe.json), of Hugging Face (config.json), or of a training run, whose newest whole
@@ -32,14 +37,21 @@ def load(source: str | Path, device: torch.device | str = "cpu", dtype: str | to
     if own and theirs:
         raise ValueError(f"model={str(source)!r}: holds both {RECIPE} (fewstep) and {CONFIG} (Hugging Face); remove one of them")
     if theirs:
-        return read_hf(directory, directory.resolve().name if Path(source).is_dir() else str(source), device, dtype)
+        name = directory.resolve().name if Path(source).is_dir() else str(source)
+        return _laid_out(read_hf(directory, name, device, dtype), packed)
     if not own and (directory / RUN).is_dir():
         directory = newest(directory)
     elif not own:
         raise ValueError(
             f"model={str(source)!r}: no model in this directory; expected {RECIPE} (fewstep), {CONFIG} (Hugging Face) or {RUN}/"
         )
-    return Model.load(directory, device, dtype)
+    return _laid_out(Model.load(directory, device, dtype), packed)
+
+
+def _laid_out(model: Model, packed: bool) -> Model:
+    if packed:
+        pack_linears(model.network)
+    return model
 
 
 def locate(source: str | Path) -> Path:

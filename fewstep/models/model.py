@@ -124,6 +124,11 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.network.embedding.weight.dtype
 
+    @property
+    def size(self) -> int:
+        """The number of weights, tied ones counted once, extra heads included."""
+        return sum(tensor.numel() for tensor in distinct(self.network.state_dict(keep_vars=True)).values())
+
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """ids [B,T] int64 -> [B,T,V]: the law of the token after each position, unnormalised."""

@@ -27,7 +27,7 @@ class SequentialHeadsConfig(Config):
     source: ClassVar[str] = "DeepSeek-AI 2024, DeepSeek-V3, arXiv 2412.19437, section 2.2"
     drafter: ClassVar[str] = "mtp"
 
-    depth: int = Field(default=3, ge=1)
+    depth: int = Field(default=3, ge=1, le=64)
 
     def build(self, *, width: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "SequentialHeads":
         return SequentialHeads(self.depth, width, eps, make_block)
@@ -41,7 +41,7 @@ class ParallelHeadsConfig(Config):
     source: ClassVar[str] = "Gloeckle et al. 2024, arXiv 2404.19737"
     drafter: ClassVar[str] = "mtp"
 
-    depth: int = Field(default=3, ge=1)
+    depth: int = Field(default=3, ge=1, le=64)
 
     def build(self, *, width: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "ParallelHeads":
         if trunk_depth < 2:

@@ -44,11 +44,14 @@ def pack_linears(module: nn.Module) -> nn.Module:
 
     Cost: one pass over the weights. The plain weights are freed, so the memory stays about the same.
     """
-    if not kernels.available():
-        return module
     shared = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child.weight.device.type == "cpu" and child.weight.dtype in kernels.DTYPES:
-                setattr(parent, name, PackedLinear(child, saved=id(child.weight) not in shared))
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear) and child.weight.is_cpu and child.weight.dtype in kernels.DTYPES
+    ]
+    if found and kernels.available():
+        for parent, name, child in found:
+            setattr(parent, name, PackedLinear(child, saved=id(child.weight) not in shared))
     return module

@@ -22,10 +22,11 @@ from fewstep.decode.generate import decode
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.prefill import placement, prefill, prompt_chain
 from fewstep.decode.stream import Settings
+from fewstep.models.weights import distinct
 
 _LARGE = 1 << 28  # bytes: more than any cache holds
 _WARMUP, _REPEATS = 3, 20
-_PROPOSALS = 32
+_COUNTED, _TIMED = 4, 24  # new tokens
 
 
 @final
@@ -102,9 +103,9 @@ def draft_cost(
     read: list[int] = []
     seconds: list[float] = []
     counted, timed = _Watched(drafter, lambda: _counted(read)), _Watched(drafter, lambda: _timed(device, seconds))
-    decode(target, counted, prompts[:1], Settings(_PROPOSALS), sampling=sampling)  # warms up, too
+    decode(target, counted, prompts[:1], Settings(_COUNTED), sampling=sampling)  # warms up, too
     for prompt in prompts:
-        decode(target, timed, [prompt], Settings(_PROPOSALS), sampling=sampling)
+        decode(target, timed, [prompt], Settings(_TIMED), sampling=sampling)
     nbytes = int(median(read))
     return DraftCost(median(seconds), nbytes, median(seconds) / call, nbytes / _call_bytes(target))
 
@@ -132,7 +133,7 @@ def now(device: torch.device) -> float:
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of the weights of `module`, tied ones once."""
-    return sum(tensor.nbytes for tensor in module.parameters())
+    return sum(tensor.nbytes for tensor in distinct(module.state_dict(keep_vars=True)).values())
 
 
 @torch.inference_mode()

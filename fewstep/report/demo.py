@@ -105,8 +105,7 @@ def main(
     """Complete held-out code plain and speculatively, and race the drafters."""
     console = Console()
     loaded = load(model)
-    size = sum(parameter.numel() for parameter in loaded.network.parameters())
-    console.print(f"{model}: {size / 1e6:.1f} M parameters, float32, {torch.get_num_threads()} threads", highlight=False)
+    console.print(f"{model}: {loaded.size / 1e6:.1f} M parameters, float32, {torch.get_num_threads()} threads", highlight=False)
     if not demonstrate(loaded, prompts_for(model, loaded), out, Path(model).name, console):
         raise typer.Exit(1)
 

@@ -216,7 +216,7 @@ def _setting(model: Model, name: str, config: RaceConfig, prompts: int, chosen: 
     return {
         **config.model_dump(mode="json"),
         "model": name,
-        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "parameters": model.size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "count": prompts,

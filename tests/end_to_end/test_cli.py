@@ -107,7 +107,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     recipe["model"]["vocab"] = 280
     (other / "recipe.json").write_text(json.dumps(recipe))
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 5000, "content": "<|far|>"})
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [{**first, "id": 300 + i, "content": f"<|extra {i}|>"} for i in range(60)]
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
     empty = tmp_path / "empty"
     empty.mkdir()
