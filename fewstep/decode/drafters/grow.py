@@ -13,7 +13,7 @@ Mode = Literal["drawn", "chosen"]
 
 
 def grow(tree: Tree, nodes: Tensor, law: Tensor, logits: Tensor, branch: int, budget: Tensor, mode: Mode, rng: Rng) -> Tree:
-    """`tree` with `branch` children under each of `nodes` [B,K], from the `law` ([B,K,V], or [B,K] when greedy) and `logits` there.
+    """`tree` with `branch` children under each of `nodes` [B,K], from the `law` there ([B,K,V], or [B,K] if greedy) and `logits`.
 
     "drawn" children are sampled, siblings without replacement, and carry their law q; "chosen" ones are the likeliest. Nodes are
     numbered breadth first, and those at or beyond the row's `budget` [B] are padding.

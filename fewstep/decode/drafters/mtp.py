@@ -93,7 +93,7 @@ class _HeadsDrafter:
     """What both forms share: what is remembered of prompt and verdict."""
 
     def __init__(self, heads: SequentialHeads | ParallelHeads, target: Target, branching: tuple[int, ...], mode: Mode) -> None:
-        self.taps = (heads.tap,)
+        self.taps: tuple[str, ...] = (heads.tap,)
         self.target, self.branching, self.mode = target, branching, mode
 
     def _fresh(self, caches: tuple[State, ...], prompt: Tree, hidden: Mapping[str, Tensor]) -> HeadsState:
@@ -163,7 +163,7 @@ class SequentialDrafter(_HeadsDrafter):
     def _run(
         self, k: int, certain: Tensor, tokens: Tensor, count: Tensor, drafted: Tensor, tree: Tree, cache: State
     ) -> tuple[Tensor, Tensor, State]:
-        """Module k at its certain positions [B,W,D] and at the draft nodes [B,N-1,D]: both outputs, and the cache grown by the former."""
+        """Module k at certain positions [B,W,D] and the draft nodes [B,N-1,D]: both outputs, the cache grown by the former."""
         width = certain.shape[1]
         order = torch.arange(width, device=count.device)
         chain = torch.where(order < count.unsqueeze(1), order - 1, -2)

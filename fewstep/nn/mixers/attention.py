@@ -155,9 +155,8 @@ class Attention(nn.Module):
         if isinstance(ctx.mask, Causal | Window) and window is not None:
             return Window(min(window, ctx.mask.size) if isinstance(ctx.mask, Window) else window)
         if type(ctx.mask) not in self.masks:
-            raise ValueError(
-                f"mask={type(ctx.mask).__name__}: attention takes {', '.join(sorted(m.__name__ for m in self.masks))}; choose one of them"
-            )
+            known = ", ".join(sorted(mask.__name__ for mask in self.masks))
+            raise ValueError(f"mask={type(ctx.mask).__name__}: attention takes {known}; choose one of them")
         return ctx.mask
 
     def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
