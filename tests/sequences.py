@@ -18,11 +18,12 @@ from fewstep.nn.position import NoPositionConfig, RopeConfig
 
 WIDTH, HEADS, VOCAB = 16, 4, 11
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+LOOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32
 
 
-def shaken(module: nn.Module) -> Any:
-    """`module` in float64 with every parameter away from its start, so that no bias or gain is neutral."""
-    module = module.double().eval()
+def shaken(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    """`module` as `dtype` with every parameter away from its start, so that no bias or gain is neutral."""
+    module = module.to(dtype).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -36,10 +37,12 @@ class Sublayer:
 
     def __init__(self, module: nn.Module, masks: frozenset[type], modes: frozenset[str], mask: Mask | None = None) -> None:
         self.module: Any = module
+        self.dtype = next(module.parameters()).dtype
+        self.close = TIGHT if self.dtype == torch.float64 else LOOSE
         self.masks, self.modes, self.mask = masks, modes, mask or Causal()
 
     def inputs(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, WIDTH, dtype=torch.float64)
+        return torch.randn(*shape, WIDTH, dtype=self.dtype)
 
     def parallel(self, x: Tensor, segments: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         positions = positions_of(segments if segments is not None else torch.zeros(x.shape[:2], dtype=torch.int64))
@@ -47,7 +50,7 @@ class Sublayer:
         return y
 
     def start(self, batch: int, capacity: int) -> Any:
-        return self.module.init_state(batch, capacity, device="cpu", dtype=torch.float64)
+        return self.module.init_state(batch, capacity, device="cpu", dtype=self.dtype)
 
     def step(self, x: Tensor, parent: Tensor, positions: Tensor, state: Any, mask: Mask | None = None) -> tuple[Tensor, Any]:
         return self.module.extend(x, Context(positions, parent=parent, mask=mask or self.mask), state)
@@ -69,10 +72,12 @@ class Network(Sublayer):
         return output.logits, output.state
 
 
-def _mixer(config: Any, position: Any = RopeConfig(base=100.0), mask: Mask | None = None) -> Callable[[], Sublayer]:
+def _mixer(
+    config: Any, position: Any = RopeConfig(base=100.0), mask: Mask | None = None, dtype: torch.dtype = torch.float64
+) -> Callable[[], Sublayer]:
     def make() -> Sublayer:
         module = config.build(width=WIDTH, heads=HEADS, position=position.build(head_width=_head_width(config)))
-        return Sublayer(shaken(module), module.masks, module.modes, mask)
+        return Sublayer(shaken(module, dtype), module.masks, module.modes, mask)
 
     return make
 
@@ -103,9 +108,9 @@ def decoder(**fields: Any) -> Decoder:
     return shaken(DecoderConfig(**{**small, **fields}).build())
 
 
-def _network(mask: Mask | None = None, **fields: Any) -> Callable[[], Sublayer]:
+def _network(mask: Mask | None = None, dtype: torch.dtype = torch.float64, **fields: Any) -> Callable[[], Sublayer]:
     def make() -> Sublayer:
-        network = decoder(**fields)
+        network = decoder(**fields).to(dtype)
         return Network(network, network.blocks[0].mixer.masks, network.blocks[0].mixer.modes, mask)
 
     return make
@@ -132,6 +137,13 @@ SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {
     "decoder-hybrid": _network(mixers=(_WINDOWED, AttentionConfig(kv_heads=2, qk_norm=True)), depth=3, tied=False),
     "decoder-nope": _network(position=NoPositionConfig(), norm="layer", activation="gelu", mlp_bias=True),
     "decoder-masked-window": _network(mask=Window(2)),
+}
+FAST_SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {  # float32, where decoding takes other paths than float64
+    **{f"{kind}-float32": _mixer(config(), dtype=torch.float32) for kind, config in MIXERS.items()},
+    "attention-grouped-window-float32": _mixer(AttentionConfig(kv_heads=2, window=3), dtype=torch.float32),
+    "decoder-hybrid-float32": _network(
+        mixers=(_WINDOWED, AttentionConfig(kv_heads=2, qk_norm=True)), depth=3, tied=False, dtype=torch.float32
+    ),
 }
 
 
@@ -210,7 +222,7 @@ class Book:
         nodes = [(row, i) for row in range(self.batch) for i in range(count) if parent[row, i] != -2]
         if nodes:
             wanted = last_outputs(self.subject, [self.history(row, first + i) for row, i in nodes], mask)
-            torch.testing.assert_close(torch.stack([y[row, i] for row, i in nodes]), wanted, **TIGHT)
+            torch.testing.assert_close(torch.stack([y[row, i] for row, i in nodes]), wanted, **self.subject.close)
         return y
 
     def commit(self, paths: list[list[int]]) -> None:

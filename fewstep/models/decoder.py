@@ -21,7 +21,7 @@ from fewstep.nn.blocks import Block, BlockConfig, norm
 from fewstep.nn.heads import HEADS
 from fewstep.nn.masks import places
 from fewstep.nn.mixers import MIXERS
-from fewstep.nn.mixers.attention import AttentionConfig, AttentionState
+from fewstep.nn.mixers.attention import AttentionConfig
 from fewstep.nn.position import POSITIONS, RopeConfig
 from fewstep.nn.slots import Slots
 from fewstep.nn.stack import StackState
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         new: list[State] = []
         for i, (block, layer) in enumerate(zip(self.blocks, stack.layers, strict=True)):
             if i not in layers:
-                new.append(cast(AttentionState, layer).skip(tree.parent, tree.size))
+                new.append(layer)  # it never sees these nodes, which can only be rolled back
                 continue
             x, layer = cast(Block, block).extend(x, ctx, layer)
             new.append(layer)

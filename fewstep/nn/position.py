@@ -56,9 +56,15 @@ class Rope(NoPosition):
         super().__init__()
         self.config = config
         self.head_width = head_width
+        self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[E/2] radians per position."""
+        """[E/2] radians per position; made once per device and dtype."""
+        if (device, dtype) not in self._made:
+            self._made[device, dtype] = self._frequencies(device, dtype)
+        return self._made[device, dtype]
+
+    def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         config = self.config
         exponent = torch.arange(0, self.head_width, 2, device=device, dtype=torch.int64).to(dtype) / self.head_width
         frequency = 1.0 / (config.base**exponent)

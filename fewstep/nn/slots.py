@@ -137,8 +137,7 @@ class Slots:
         if not self.uniform or bool(((path != order) & kept).any()):
             source = self.base + torch.where(kept, path, path[:, :1])
             target = torch.where(kept, self.lengths[:, None] + order, self.lengths[:, None])
-            nothing = (keep == 0)[:, None]  # such a row copies a slot onto itself
-            moves = Moves(torch.where(nothing, self.base, source), torch.where(nothing, self.base, target))
+            moves = Moves(source, target)  # a row that keeps nothing writes one slot beyond its end
         return Slots(lengths, self.capacity, base, uniform), moves if most else None
 
     def _fork(self, rows: Tensor) -> "Slots":

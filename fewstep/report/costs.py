@@ -23,6 +23,7 @@ from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.prefill import placement, prefill, prompt_chain
 from fewstep.decode.stream import Settings
 from fewstep.models.weights import distinct
+from fewstep.nn.packed import PackedLinear
 
 _LARGE = 1 << 28  # bytes: more than any cache holds
 _WARMUP, _REPEATS = 3, 20
@@ -159,9 +160,10 @@ def _counted(read: list[int]) -> Iterator[None]:
     total = [0]
 
     def count(module: nn.Module, arguments: object) -> None:
-        if not isinstance(module, nn.Embedding):
-            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            total[0] += sum(tensor.nbytes for tensor in own)
+        if isinstance(module, PackedLinear):
+            total[0] += module.weight.nbytes
+        elif not isinstance(module, nn.Embedding):
+            total[0] += sum(tensor.nbytes for tensor in module.parameters(recurse=False))
 
     hook = register_module_forward_pre_hook(count)
     try:

@@ -73,10 +73,10 @@ def _complete(model: Model, prompt: Prompt, drafter: Drafter[Any], config: Gener
 
 def _show(prompt: Prompt, rows: dict[str, tuple[Text, Completion]], console: Console) -> None:
     table = Table(title=f"\n{prompt.name}", title_justify="left", expand=True)
-    context = Text("".join(prompt.prompt.splitlines(keepends=True)[-_CONTEXT:]), style="dim")
+    context = "".join(prompt.prompt.splitlines(keepends=True)[-_CONTEXT:])
     for title, (_, done) in rows.items():
         table.add_column(f"{title}: {done.cost.calls} calls, {done.cost.seconds:.2f} s", ratio=1, overflow="fold")
-    table.add_row(*(context + text for text, _ in rows.values()))
+    table.add_row(*(Text.assemble((context, "dim"), text) for text, _ in rows.values()))
     console.print(table)
 
 

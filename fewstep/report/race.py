@@ -170,9 +170,11 @@ def cpu_name() -> str:
 def bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar over `total` advances, each with the name of who ran; silent where the console is no terminal."""
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal
+    # drawn between laps only: a thread that draws during one would be measured with it
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as progress:
         task = progress.add_task("", total=total)
-        yield lambda name: progress.update(task, advance=1, description=name)
+        yield lambda name: progress.update(task, advance=1, description=name, refresh=True)
 
 
 def _like(model: Model, path: str) -> Model:

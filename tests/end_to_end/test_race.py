@@ -15,6 +15,7 @@ from rich.console import Console
 from fewstep.core.event import Cost
 from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.laws import SamplingConfig
+from fewstep.nn.packed import pack_linears
 from fewstep.report.contest import PLAIN, Contestant, Lap, Ours, RaceConfig, Record, compete, entrants
 from fewstep.report.costs import draft_cost, machine_costs, weight_bytes
 from fewstep.report.demo import demonstrate
@@ -129,8 +130,11 @@ def test_quality_is_the_targets_own_probability() -> None:
     assert found.mean == pytest.approx(float(expected), abs=1e-4) and found.error == pytest.approx(0, abs=1e-6)
 
 
-def test_bytes_are_those_of_the_modules_that_ran() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_bytes_are_those_of_the_modules_that_ran(packed: bool) -> None:
     network = small_model().network
+    if packed:
+        pack_linears(network)
     machine = machine_costs(network, [1, 2, 3], sizes=(1, 4))
     head = network.head.weight.nbytes
     assert machine.weight_bytes == weight_bytes(network.blocks) + weight_bytes(network.norm) + head

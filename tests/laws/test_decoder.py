@@ -107,6 +107,13 @@ def test_inputs_replace_tokens_and_positions_replace_places() -> None:
     assert (moved - plain).abs().max() > 1e-4  # type: ignore[operator]
 
 
+def test_positions_restart_with_each_segment() -> None:
+    network, tokens = decoder(), torch.randint(VOCAB, (1, 8))
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, -1, -1]])
+    assert network(tokens, segments).context.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+    assert network(tokens).context.positions.tolist() == [list(range(8))]
+
+
 def test_unembed_of_a_reduced_vocabulary() -> None:
     for network in (decoder(), decoder(tied=False)):
         h, ids = torch.randn(2, 3, network.width, dtype=torch.float64), torch.tensor([7, 0, 7])

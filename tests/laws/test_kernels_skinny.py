@@ -50,6 +50,11 @@ def test_equals_float64_up_to_rounding(
         assert bool(((y.double() - reference).abs() <= error_bound(x, weight, bias, y)).all())
 
 
+def test_the_last_rounding_is_to_nearest_with_ties_to_even(kernel_path: str, seed: int) -> None:
+    x, weight, _ = operands(60, 70, 1, (torch.bfloat16, torch.bfloat16), seed)  # products of 8-bit significands: 1 in 128 is a tie
+    assert torch.equal(kernels.linear(x, kernels.pack(weight)), (x.float() * weight.float().T).bfloat16())
+
+
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("w_dtype", DTYPES)
 def test_a_row_is_bitwise_the_same_in_any_company(

@@ -7,8 +7,9 @@ import torch
 from sequences import MIXER_SUBJECTS, SUBJECTS, TIGHT, Book, Sublayer, names
 from torch import Tensor
 
-from fewstep.core.mixer import Causal, Dense, Full, Mask, Window
+from fewstep.core.mixer import Causal, Context, Dense, Full, Mask, Window
 from fewstep.nn.mixers import MIXERS
+from fewstep.nn.mixers.attention import AttentionConfig
 
 CAUSAL = names(SUBJECTS, "causal")
 MASKS: dict[type, Mask] = {Causal: Causal(), Window: Window(2), Full: Full()}
@@ -81,6 +82,16 @@ def test_packed_segments_equal_separate_sequences_and_padding_is_inert(name: str
         noise = subject.inputs(3, 11)
         noisy = torch.where(real if x.dim() == 2 else real.unsqueeze(-1), x, noise)
         torch.testing.assert_close(subject.parallel(noisy, segments, mask)[real], together[real], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("own", "asked", "narrowest"), [(5, 3, 3), (2, 4, 2), (None, 3, 3)])
+def test_a_mask_narrows_a_layer_and_never_widens_it(own: int | None, asked: int, narrowest: int) -> None:
+    layers = [AttentionConfig(window=window).build(width=16, heads=4).double() for window in (own, narrowest)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, positions = torch.randn(2, 9, 16, dtype=torch.float64), torch.arange(9).expand(2, -1)
+    mine, _ = layers[0](x, Context(positions, mask=Window(asked)))
+    wanted, _ = layers[1](x, Context(positions))
+    torch.testing.assert_close(mine, wanted, **TIGHT)
 
 
 @pytest.mark.parametrize("name", names(SUBJECTS, "bidirectional"))

@@ -3,19 +3,28 @@
 Every `Book.extend` checks each node against the parallel form over the node's own history.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from sequences import SUBJECTS, TIGHT, Book, Sublayer, names, path_to, random_parents
+from sequences import FAST_SUBJECTS, SUBJECTS, Book, Sublayer, names, path_to, random_parents
 
 from fewstep.core.mixer import Tree, ancestors, depths
 
-CAUSAL = names(SUBJECTS, "causal")
+EVERY = {**SUBJECTS, **FAST_SUBJECTS}
 BRANCHES = torch.tensor([[-1, 0, 0, 1, -2, 2], [-1, -1, 1, -2, 1, 0]])
 
 
-@pytest.fixture(params=CAUSAL)
+@pytest.fixture(autouse=True)
+def _as_decoding_does() -> Iterator[None]:
+    """In place, since nothing is recorded; `test_mixer.py` has the laws of a state under grad."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(params=names(EVERY, "causal"))
 def subject(request: pytest.FixtureRequest, _reproducible: None) -> Sublayer:
-    return SUBJECTS[request.param]()
+    return EVERY[request.param]()
 
 
 def chained(lengths: torch.Tensor) -> torch.Tensor:
@@ -38,12 +47,21 @@ def test_tree_nodes_equal_their_own_chains(subject: Sublayer) -> None:
         book.extend(subject.inputs(3, count), random_parents(3, count, book.parents()))
 
 
+def test_a_tree_before_anything_is_committed(subject: Sublayer) -> None:
+    book = Book.open(subject, 2, 16)
+    book.extend(subject.inputs(2, 6), BRANCHES)
+    book.extend(subject.inputs(2, 2), torch.tensor([[5, 5], [4, -1]]))
+    book.commit([[0, 2, 5, 6], [1, 4]])
+    book.extend(subject.inputs(2, 3))
+
+
 def test_tree_over_several_extends_counts_all_pending_nodes(subject: Sublayer) -> None:
     book = Book.open(subject, 2, 16)
     book.extend(subject.inputs(2, 3))
     book.commit([[0, 1, 2], [0]])
     book.extend(subject.inputs(2, 6), BRANCHES)
     book.extend(subject.inputs(2, 3), torch.tensor([[3, 6, -1], [4, -2, 6]]))
+    book.extend(subject.inputs(2, 2))  # a chain on the last of them
     book.commit([[0, 1, 3, 6, 7], [1, 4]])
     book.extend(subject.inputs(2, 2))
 
@@ -57,7 +75,7 @@ def test_commit_equals_feeding_the_kept_nodes_again(subject: Sublayer) -> None:
     book.commit(paths)
     again = ragged_like(book, subject, 32)
     x = subject.inputs(3, 4)
-    torch.testing.assert_close(book.extend(x), again.extend(x), **TIGHT)
+    torch.testing.assert_close(book.extend(x), again.extend(x), **subject.close)
 
 
 def ragged_like(book: Book, subject: Sublayer, capacity: int) -> Book:
@@ -80,7 +98,7 @@ def test_keeping_nothing_is_rolling_back(subject: Sublayer) -> None:
     book.commit([[], [], []])
     twin.rollback()
     x = subject.inputs(3, 2)
-    torch.testing.assert_close(book.extend(x), twin.extend(x), **TIGHT)
+    torch.testing.assert_close(book.extend(x), twin.extend(x), **subject.close)
 
 
 def test_rollback_is_exact(subject: Sublayer) -> None:
@@ -124,9 +142,20 @@ def test_join_equals_separate_rows(subject: Sublayer) -> None:
             [book.fork(list(range(book.batch))).extend(part) for book, part in ((one, x[:3, :2]), (other, x[3:, :2]))]
         )
         both = one.join(other)
-        torch.testing.assert_close(both.extend(x[:, :2]), alone, **TIGHT)
+        torch.testing.assert_close(both.extend(x[:, :2]), alone, **subject.close)
         both.commit([[0, 1], [0], [], [0], [0, 1]])
         both.extend(more)
+
+
+def test_join_of_even_batches(subject: Sublayer) -> None:
+    """Each batch has rows of one length, and the joined one has not; nor when the lengths meet again."""
+    one, other = ragged(subject, 20, (5, 5)), ragged(subject, 20, (3,))
+    both = one.join(other)
+    both.extend(subject.inputs(3, 1))
+    both.commit([[], [], [0]])
+    both.extend(subject.inputs(3, 1))
+    both.commit([[], [], [0]])
+    both.extend(subject.inputs(3, 2))
 
 
 def test_join_refuses_pending_nodes(subject: Sublayer) -> None:
@@ -177,6 +206,15 @@ def test_over_capacity_is_an_error_before_any_write(subject: Sublayer) -> None:
     book.commit([[0, 1, 2, 3, 4]] * 3)
     with pytest.raises(ValueError, match=r"^capacity=10"):
         subject.step(subject.inputs(3, 1), torch.full((3, 1), -1), torch.tensor([[10], [7], [5]]), book.state)
+
+
+def test_a_row_that_rests_costs_no_capacity(subject: Sublayer) -> None:
+    """Capacity is counted in the tokens of the longest row, however unevenly the rows came to theirs."""
+    book = Book.open(subject, 2, 8)
+    for turn in range(6):
+        book.extend(subject.inputs(2, 2))
+        book.commit([[0], []] if turn % 2 else [[], [0]])
+    book.extend(subject.inputs(2, 5))
 
 
 def test_bytes_held(subject: Sublayer) -> None:

@@ -67,10 +67,6 @@ class AttentionState:
             cache[:, :, start : slots.end] = new
         return AttentionState(cache, slots)
 
-    def skip(self, parent: Tensor | None, count: int) -> "AttentionState":
-        """`count` pending nodes this layer never sees, because an early exit leaves before it; only to be rolled back."""
-        return AttentionState(self.cache, self.slots.extend(parent, count))
-
     def commit(self, path: Tensor, keep: Tensor) -> "AttentionState":
         slots, moves = self.slots.commit(path, keep)
         return AttentionState(self.cache if moves is None else moves.apply(self.cache), slots)

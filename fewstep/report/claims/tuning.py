@@ -7,13 +7,14 @@ This file knows decoders, heads and the trainer.
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.objective import Objective
 from fewstep.core.recipe import resolve
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model
 from fewstep.nn.heads import ParallelHeads, ParallelHeadsConfig
+from fewstep.nn.packed import pack_linears
 from fewstep.recipes.run import cache_directory
 from fewstep.report.claims.claim import Bench
 from fewstep.training.data import DATA, DataConfig, prepare
@@ -32,24 +33,24 @@ def trained_draft(bench: Bench, depth: int = 2) -> Model:
     config = target.config.model_copy(update={"depth": min(depth, target.depth), "heads": ()})
     draft = _built(config, bench.effort.seed)
     own = draft.state_dict()
-    draft.load_state_dict({name: value for name, value in target.state_dict().items() if name in own})
+    draft.load_state_dict({name: value for name, value in _weights(target).items() if name in own})
     tune(bench, draft, NextTokenConfig().build(), "draft")
-    return Model(draft.to(bench.model.dtype), bench.model.tokenizer, bench.model.recipe)
+    return _laid_out(bench, draft)
 
 
 def trained_parallel_heads(bench: Bench, depth: int = 3) -> Model:
     """The model with parallel heads in place of its own, each from the trunk's last block, trained on the frozen trunk."""
     target = bench.model.network
     network = _built(target.config.model_copy(update={"heads": (ParallelHeadsConfig(depth=depth),)}), bench.effort.seed)
-    trunk = {name: value for name, value in target.state_dict().items() if not name.startswith("extra.")}
-    network.load_state_dict(trunk, strict=False)
     heads = cast(ParallelHeads, network.heads["mtp"])
     for k in range(1, depth + 1):
         heads.block(k).load_state_dict(target.blocks[-1].state_dict())
+    trunk = {name: value for name, value in _weights(target).items() if not name.startswith("extra.")}
+    network.load_state_dict(network.state_dict() | trunk)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.startswith("extra."))
     tune(bench, network, MultiTokenConfig(trunk="frozen", weight=float(depth)).build(), "heads")
-    return Model(network.to(bench.model.dtype), bench.model.tokenizer, bench.model.recipe)
+    return _laid_out(bench, network)
 
 
 def tune(bench: Bench, network: nn.Module, objective: Objective, name: str) -> None:
@@ -73,3 +74,16 @@ def _built(config: DecoderConfig, seed: int) -> Decoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return config.build().float()
+
+
+def _weights(network: Decoder) -> dict[str, Tensor]:
+    """All weights by name, a tied head's too, which is not saved where the weights are packed."""
+    weights: dict[str, Tensor] = network.state_dict()
+    return weights | ({"head.weight": weights["embedding.weight"]} if network.config.tied else {})
+
+
+def _laid_out(bench: Bench, network: Decoder) -> Model:
+    """A trained network as `load` would give it: in the model's dtype, packed for decoding."""
+    network.requires_grad_(False)
+    pack_linears(network.to(bench.model.dtype))
+    return Model(network, bench.model.tokenizer, bench.model.recipe)
