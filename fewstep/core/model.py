@@ -63,7 +63,7 @@ class Target(Protocol):
         """Run `tree` as pending nodes after `state`.
 
         `need` [B,K] int64: the nodes (indices into `tree`) whose logits are wanted; None: all. `inputs` [B,N,D] replaces the
-        embedded tokens; `layers` runs only those blocks (early exit; these
-        nodes can only be rolled back). Raises ValueError over capacity or `max_positions`.
+        embedded tokens; `layers` runs only those blocks (early exit), and such nodes can only be rolled back. Raises ValueError
+        over capacity or `max_positions`.
         """
         ...

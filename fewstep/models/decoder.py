@@ -85,10 +85,12 @@ class Decoder(nn.Module):
         self.vocab, self.width, self.depth = config.vocab, config.width, config.depth
         self.max_positions = config.max_positions
         self.recompute = False  # activation checkpointing of each block in `forward`
-        mixer: Any = config.mixers[0]
-        _, head_width = mixer.widths(config.width, config.query_heads)
-        position_config: Any = config.position
-        self.position = position_config.build(head_width=head_width)
+        head_widths = {mixer.widths(config.width, config.query_heads)[1] for mixer in config.mixers}
+        if len(head_widths) > 1:
+            raise ValueError(
+                f"mixers: head widths {sorted(head_widths)}; the layers share one position encoding, choose one width"
+            )
+        self.position = config.position.build(head_width=head_widths.pop())
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
         self.norm = norm(config.norm, config.width, config.eps)

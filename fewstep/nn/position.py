@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.core.position import NoPosition, Shared
@@ -37,6 +37,12 @@ class RopeConfig(Config):
     low_frequency: float = Field(default=1.0, gt=0)
     high_frequency: float = Field(default=4.0, gt=0)
     trained_length: int = Field(default=8192, gt=0)
+
+    @model_validator(mode="after")
+    def _is_a_ramp(self) -> "RopeConfig":
+        if self.low_frequency >= self.high_frequency:
+            raise ValueError(f"low_frequency={self.low_frequency}: must be below high_frequency={self.high_frequency}; lower it")
+        return self
 
     def build(self, *, head_width: int) -> "Rope":
         if head_width % 2:

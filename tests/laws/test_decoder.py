@@ -239,6 +239,7 @@ def test_the_start_keeps_the_scale_of_the_residual() -> None:
         ({"heads": ("mtp_parallel", "mtp_sequential")}, r"model\.heads=.*two serve the drafter 'mtp'; [^\n]+"),
         ({"embed_std": 1.0}, r"model\.embed_std=1\.0: [^\n]*tied=false[^\n]*"),
         ({"depth": 0}, r"model\.depth=0: [^\n]*1"),
+        ({"position": {"kind": "rope", "low_frequency": 4.0}}, r"model\.position\.low_frequency=4\.0: [^\n]*below[^\n]*"),
         ({"hidden": 0}, r"model\.hidden=0: [^\n]*1"),
         ({"eps": -1e-6}, r"model\.eps=-1e-06: [^\n]*0"),
         ({"mixers": [{"kind": "attention", "windw": 3}]}, r"model\.mixers\.0\.windw: no such field; did you mean 'window'\?"),
@@ -256,6 +257,7 @@ def test_a_bad_config_names_its_field(fields: dict[str, Any], message: str) -> N
         ({"query_heads": 3}, "heads=3: must divide width=16; [^\n]*"),
         ({"mixers": (AttentionConfig(kv_heads=3),)}, "kv_heads=3: must divide heads=4; [^\n]*"),
         ({"mixers": (AttentionConfig(head_width=5),)}, "head_width=5: [^\n]*even[^\n]*"),
+        ({"mixers": (AttentionConfig(), AttentionConfig(head_width=6))}, r"mixers: head widths \[4, 6\]; [^\n]*one width"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(fields: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from sequences import TIGHT, VOCAB, decoder
 from torch import Tensor
 
-from fewstep.core.mixer import Context
+from fewstep.core.mixer import Causal, Context, Full, Mask
 from fewstep.core.recipe import Config
 from fewstep.models.decoder import Decoder
 from fewstep.nn.heads import HEADS, ParallelHeads, SequentialHeads
@@ -22,8 +22,10 @@ def with_heads(kind: str, **fields: Any) -> tuple[Decoder, Any]:
     return network, network.heads["mtp"]
 
 
-def outputs(network: Decoder, heads: Any, tokens: Tensor, segments: Tensor | None = None) -> list[Tensor]:
-    encoded = network(tokens, segments, taps=(heads.tap,))
+def outputs(
+    network: Decoder, heads: Any, tokens: Tensor, segments: Tensor | None = None, mask: Mask | None = None
+) -> list[Tensor]:
+    encoded = network(tokens, segments, mask=mask, taps=(heads.tap,))
     result: list[Tensor] = heads(encoded.hidden[heads.tap], tokens, network.embed, encoded.context)
     return result
 
@@ -46,16 +48,17 @@ def test_a_head_sees_no_token_it_will_have_to_predict(kind: str, window: int | N
             assert (change[first : first + 1] > 1e-7).all()
 
 
+@pytest.mark.parametrize("mask", [Causal(), Full()], ids=["causal", "full"])
 @pytest.mark.parametrize("kind", HEADS)
-def test_packed_segments_equal_separate_sequences(kind: str) -> None:
+def test_packed_segments_equal_separate_sequences(kind: str, mask: Mask) -> None:
     network, heads = with_heads(kind)
     lengths = (5, 1, 4, 3)
     tokens = torch.randint(VOCAB, (1, 15))
     segments = torch.tensor([[i for i, length in enumerate(lengths) for _ in range(length)] + [-1, -1]])
-    together = outputs(network, heads, tokens, segments)
+    together = outputs(network, heads, tokens, segments, mask)
     start = 0
     for length in lengths:
-        alone = outputs(network, heads, tokens[:, start : start + length])
+        alone = outputs(network, heads, tokens[:, start : start + length], mask=mask)
         for k in range(1, min(DEPTH, length - 1) + 1):
             mine = together[k - 1][:, start : start + length - k]
             torch.testing.assert_close(mine, alone[k - 1][:, : length - k], **TIGHT)

@@ -118,14 +118,14 @@ def test_forks_diverge(subject: Sublayer) -> None:
     """Copies with repeats, in the middle of a tree; then each writes what the other must not see."""
     book = ragged(subject, 40)
     book.extend(subject.inputs(3, 4), torch.tensor([[-1, 0, 0, 1]] * 3))
-    fork = book.fork([2, 0, 0, 1])
+    fork, same = book.fork([2, 0, 0, 1]), book.fork([0, 1, 2])
     book.commit([[0, 2], [0, 1, 3], []])
     fork.extend(subject.inputs(4, 2), torch.tensor([[3, 0]] * 4))
     book.extend(subject.inputs(3, 3))
     fork.commit([[0], [0, 1, 3, 4], [0, 5], []])
     again = fork.fork([3, 3])
     for turn in range(2):
-        for each in (book, fork, again):
+        for each in (book, fork, same, again):
             each.extend(subject.inputs(each.batch, 2), random_parents(each.batch, 2, each.parents(), padding=0.1))
             if turn:
                 each.rollback()

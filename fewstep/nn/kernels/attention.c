@@ -6,15 +6,10 @@
  * the cache's capacity), nor on the queries, rows and threads that share the call.
  *
  * This file knows nothing of tensors, of trees or of positions. */
+#include "calls.h"
 #include "vector.h"
 
 enum { BLOCK = 16, MAX_ROWS = 8, MAX_VECTORS = 2 }; /* keys widened to fp32 at a time; sums a tile keeps */
-
-typedef struct {
-    long batch, heads, kv_heads, queries, keys, width;
-    long q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row; /* strides in elements */
-    long visible_batch, visible_row;
-} layout;
 
 typedef struct {
     const layout *at;

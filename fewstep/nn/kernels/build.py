@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 PATHS: dict[str, tuple[str, ...]] = {  # best first: the compiler flags of each instruction-set path
     "avx512bf16": ("-mavx512f", "-mavx512bf16", "-mtune=native"),
     "avx512": ("-mavx512f", "-mtune=native"),

@@ -10,6 +10,7 @@
  * are bf16 too, adds a pair of products per step and takes subnormal inputs and results as zero.
  *
  * This file knows nothing of tensors, of packing, or of when ATen would be the better choice. */
+#include "calls.h"
 #include "vector.h"
 
 /* TILE_ROWS: as many rows as the registers hold sums for, beside two vectors of weights and a broadcast activation.
