@@ -14,7 +14,7 @@ from rich.table import Table
 from fewstep.hub.load import load
 from fewstep.models.decoder import DecoderConfig
 from fewstep.models.model import Model
-from fewstep.nn.packed import pack_linears
+from fewstep.nn.packed import pack
 from fewstep.report.contest import PLAIN, Contestant, Ours, RaceConfig, compete, entrants
 from fewstep.report.costs import machine_costs
 from fewstep.report.peers import transformers_peers
@@ -45,7 +45,7 @@ def large(console: Console) -> None:
             console.print(str(error))
             peers = []
         network = model.network
-        pack_linears(network)
+        pack(network)
         plain = Ours(PLAIN, network, entrants(network)[PLAIN].build(network, lambda path: network), config)
         contestants: list[Contestant] = [plain, *peers]
         records = compete(contestants, prompts, config)
@@ -57,10 +57,10 @@ def large(console: Console) -> None:
         table.add_row(f"{record.library} {record.name}", *row)
     console.print(table)
     read, bound = machine.weight_bytes / 1e6, 1e3 * machine.bound_seconds
+    alone = ", ".join(f"{1e3 * seconds:.1f} ms on {count}" for count, seconds in machine.call_seconds.items())
     console.print(
-        f"a call reads {read:.0f} MB: at least {bound:.1f} ms at {machine.bandwidth / 1e9:.1f} GB/s; alone it takes", end=" "
+        f"a call reads {read:.0f} MB: at least {bound:.1f} ms at {machine.bandwidth / 1e9:.1f} GB/s; it takes {alone} tokens"
     )
-    console.print(", ".join(f"{1e3 * seconds:.1f} ms on {count}" for count, seconds in machine.call_seconds.items()), "tokens")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from fewstep.training.trainer import Trainer
 
 MIXER = AttentionConfig(kv_heads=1, head_width=64)
 MODEL = DecoderConfig(vocab=2048, width=192, depth=12, query_heads=3, hidden=512, mixers=(MIXER,))  # code-nano's trunk
-ROWS, LENGTH, STEPS, WARMUP, ROUNDS = 8, 384, 12, 3, 3
+ROWS, LENGTH, STEPS, WARMUP, ROUNDS = 8, 384, 10, 2, 3
 LIBRARIES = ("fewstep", "transformers")
 
 
@@ -67,7 +67,7 @@ def theirs(dtype: str, folder: Path) -> list[float]:
     network = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, local_files_only=True)
     times: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             times.append(time.perf_counter())
 

@@ -11,7 +11,7 @@ from fewstep.core.recipe import suggestion
 from fewstep.hub.download import download
 from fewstep.hub.huggingface import CONFIG, read_hf
 from fewstep.models.model import Model
-from fewstep.nn.packed import pack_linears
+from fewstep.nn.packed import pack
 from fewstep.training.checkpoint import Checkpoints
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
@@ -50,7 +50,7 @@ def load(
 
 def _laid_out(model: Model, packed: bool) -> Model:
     if packed:
-        pack_linears(model.network)
+        pack(model.network)
     return model
 
 

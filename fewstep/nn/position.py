@@ -93,10 +93,16 @@ class Rope(NoPosition):
     def rotate(self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         if k_pos is not q_pos:
             return turn(q, *self.table(q_pos, q.dtype)), turn(k, *self.table(k_pos, k.dtype))
+        table = self.shared_table(q_pos, q.dtype, shared)
+        return turn(q, *table), turn(k, *table)
+
+    def shared_table(self, positions: Tensor, dtype: torch.dtype, shared: Shared) -> tuple[Tensor, Tensor]:
+        """The table of a call's own positions, made by the first layer that asks."""
         key = ("rope", self.config, self.head_width)
         if key not in shared:
-            shared[key] = self.table(q_pos, q.dtype)
-        return turn(q, *shared[key]), turn(k, *shared[key])
+            shared[key] = self.table(positions, dtype)
+        table: tuple[Tensor, Tensor] = shared[key]
+        return table
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

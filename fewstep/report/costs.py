@@ -23,7 +23,7 @@ from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.prefill import placement, prefill, prompt_chain
 from fewstep.decode.stream import Settings
 from fewstep.models.weights import distinct
-from fewstep.nn.packed import PackedLinear
+from fewstep.nn.packed import PackedModule
 
 _LARGE = 1 << 28  # bytes: more than any cache holds
 _WARMUP, _REPEATS = 3, 20
@@ -160,8 +160,8 @@ def _counted(read: list[int]) -> Iterator[None]:
     total = [0]
 
     def count(module: nn.Module, arguments: object) -> None:
-        if isinstance(module, PackedLinear):
-            total[0] += module.weight.nbytes
+        if isinstance(module, PackedModule):
+            total[0] += module.nbytes
         elif not isinstance(module, nn.Embedding):
             total[0] += sum(tensor.nbytes for tensor in module.parameters(recurse=False))
 

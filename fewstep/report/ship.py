@@ -19,7 +19,7 @@ from fewstep.training.data import DATA
 from fewstep.training.data.grouping import xz_bits_per_byte
 from fewstep.training.data.sources import DataConfig
 
-CARD, CONTEXT, STRIDE = "card.json", 384, 192
+CARD, CONTEXT, STRIDE = "card.json", 384, 256
 
 
 def ship(run: Path, name: str, *, licence: str, console: Console | None = None) -> Path:

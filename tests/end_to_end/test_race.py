@@ -15,7 +15,7 @@ from rich.console import Console
 from fewstep.core.event import Cost
 from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.laws import SamplingConfig
-from fewstep.nn.packed import pack_linears
+from fewstep.nn.packed import pack
 from fewstep.report.contest import PLAIN, Contestant, Lap, Ours, RaceConfig, Record, compete, entrants
 from fewstep.report.costs import draft_cost, machine_costs, weight_bytes
 from fewstep.report.demo import demonstrate
@@ -134,7 +134,7 @@ def test_quality_is_the_targets_own_probability() -> None:
 def test_bytes_are_those_of_the_modules_that_ran(packed: bool) -> None:
     network = small_model().network
     if packed:
-        pack_linears(network)
+        pack(network)
     machine = machine_costs(network, [1, 2, 3], sizes=(1, 4))
     head = network.head.weight.nbytes
     assert machine.weight_bytes == weight_bytes(network.blocks) + weight_bytes(network.norm) + head

@@ -17,7 +17,7 @@ from fewstep.decode.generate import Completion, decode
 from fewstep.decode.stream import Settings
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.nn import kernels
-from fewstep.nn.packed import PackedLinear, pack_linears
+from fewstep.nn.packed import PackedLinear, pack
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler here, so no kernel whose bits could be promised")
 
@@ -46,7 +46,7 @@ def decoder(seed: int, dtype: torch.dtype, shape: str) -> Decoder:
     torch.manual_seed(seed)
     values = {"vocab": VOCAB, "width": 36, "depth": 2, "query_heads": 2, "hidden": 44, "init_std": 0.3}
     network = parse(DecoderConfig, {**values, **SHAPES[shape]}).build().to(dtype).eval()
-    pack_linears(network)
+    pack(network)
     assert isinstance(network.head, PackedLinear)
     return network
 
@@ -76,7 +76,9 @@ def assert_same_bits(found: Sequence[Completion], expected: Sequence[Completion]
 def test_every_drafter_gives_the_bits_of_plain_decoding(dtype: torch.dtype, shape: str, seed: int) -> None:
     target = decoder(seed, dtype, shape)
     draft = near(target, seed, shape)
-    prompts = prompts_of(seed, VOCAB, [6, 1, 30, 90])  # the last makes the prefill too long for the kernel, which is the same for all
+    prompts = prompts_of(
+        seed, VOCAB, [6, 1, 30, 90]
+    )  # the last makes the prefill too long for the kernel, which is the same for all
     plain = continued(target, SilentConfig(), draft, prompts)
     accepted = 0
     for config in DRAFTERS.values():

@@ -31,13 +31,12 @@ typedef struct { /* one per layer of the model, made once */
     int gated, bf16;
 } block;
 
-typedef struct { /* one per call */
-    long batch, queries, start;             /* keys and values go to slots start .. start + queries - 1, the last ones used */
-    long cache_batch, cache_head, cache_row; /* strides in elements */
-    const char *cos, *sin;                  /* [batch, queries, head_width]; NULL: nothing turns */
+typedef struct { /* one per call of the model */
+    long batch, queries, start; /* keys and values go to slots start .. start + queries - 1, the last ones used */
+    const char *visible;        /* bytes [batch, queries, slots]; NULL: all */
+    long visible_batch, visible_row; /* strides in elements */
+    const char *cos, *sin;           /* [batch, queries, head_width]; NULL: nothing turns */
     long turn_batch, turn_row;
-    const char *visible; /* bytes [batch, queries, slots]; NULL: all */
-    long visible_batch, visible_row;
     int threads;
 } call;
 
@@ -113,30 +112,30 @@ static void turn(const norm *by, const void *from, const void *cos, const void *
 }
 
 /* Queries turned in place; keys turned and values as they are into the cache. */
-static void place(const block *b, const call *c, char *qkv, char *cache, float *wide) {
+static void place(const block *b, const call *c, char *qkv, char *cache, long slots, float *wide) {
     const long size = b->bf16 ? 2 : 4, width = b->head_width, all_heads = b->heads + b->kv_heads;
     for (long row = 0; row < c->batch * c->queries; row++) {
         const long sequence = row / c->queries, t = row % c->queries, angle = sequence * c->turn_batch + t * c->turn_row;
         const char *cos = c->cos ? c->cos + angle * size : NULL, *sin = c->cos ? c->sin + angle * size : NULL;
-        char *slot = cache + (sequence * c->cache_batch + (c->start + t) * c->cache_row) * size;
+        char *slot = cache + (sequence * 2 * b->kv_heads * slots + c->start + t) * width * size;
         for (long head = 0; head < b->heads; head++, qkv += width * size) turn(&b->q, qkv, cos, sin, qkv, width, b->bf16, wide);
-        for (long head = b->heads; head < all_heads; head++, qkv += width * size, slot += c->cache_head * size)
+        for (long head = b->heads; head < all_heads; head++, qkv += width * size, slot += slots * width * size)
             turn(&b->k, qkv, cos, sin, slot, width, b->bf16, wide);
-        for (long head = 0; head < b->kv_heads; head++, qkv += width * size, slot += c->cache_head * size)
+        for (long head = 0; head < b->kv_heads; head++, qkv += width * size, slot += slots * width * size)
             memcpy(slot, qkv, width * size);
     }
 }
 
-static int attend(const block *b, const call *c, const char *q, const char *cache, char *y) {
-    const long width = b->head_width, row = (b->heads + 2 * b->kv_heads) * width;
+static int attend(const block *b, const call *c, const char *q, const char *cache, long slots, char *y) {
+    const long width = b->head_width, row = (b->heads + 2 * b->kv_heads) * width, head = slots * width;
     const layout at = {
         .batch = c->batch, .heads = b->heads, .kv_heads = b->kv_heads, .queries = c->queries, .keys = c->start + c->queries,
         .width = width, .q_batch = c->queries * row, .q_head = width, .q_row = row,
-        .k_batch = c->cache_batch, .k_head = c->cache_head, .k_row = c->cache_row,
-        .v_batch = c->cache_batch, .v_head = c->cache_head, .v_row = c->cache_row,
+        .k_batch = 2 * b->kv_heads * head, .k_head = head, .k_row = width,
+        .v_batch = 2 * b->kv_heads * head, .v_head = head, .v_row = width,
         .visible_batch = c->visible_batch, .visible_row = c->visible_row,
     };
-    const char *values = cache + b->kv_heads * c->cache_head * (b->bf16 ? 2 : 4);
+    const char *values = cache + b->kv_heads * head * (b->bf16 ? 2 : 4);
     return decode_attention(q, cache, values, c->visible, y, &at, 1.0f / sqrtf((float)width), b->bf16, c->threads);
 }
 
@@ -180,9 +179,9 @@ static int apply(const layer *l, const block *b, const void *x, void *y, long ro
     return skinny_linear(l->weight, l->bias, x, y, rows, l->in, l->out, b->bf16, b->bf16, threads);
 }
 
-/* x and y [batch, queries, width] contiguous, cache [batch, keys then values of kv_heads, slots, head_width] strided, weights: all
- * bf16 or all fp32. Returns 0, or -1 where memory is lacking: the slots may then have been written, y is undefined. */
-int block_step(const block *b, const call *c, const void *x, void *y, char *cache) {
+/* x and y [batch, queries, width], cache [batch, keys then values of kv_heads, slots, head_width], weights: all bf16 or all fp32.
+ * Returns 0, or -1 where memory is lacking: the slots may then have been written, y is undefined. */
+int block_step(const block *b, const call *c, const void *x, void *y, char *cache, long slots) {
     const long rows = c->batch * c->queries, width = b->qkv.in, size = b->bf16 ? 2 : 4;
     const long wide = b->qkv.out > b->up.out ? b->qkv.out : b->up.out, narrow = b->out.in > b->down.in ? b->out.in : b->down.in;
     char *memory = malloc((rows * (width + wide + narrow) + 1) * size + b->head_width * sizeof(float));
@@ -194,8 +193,8 @@ int block_step(const block *b, const call *c, const void *x, void *y, char *cach
     rms_norm(x, b->mixer.weight, normed, rows, width, b->mixer.eps, b->bf16);
     int failed = apply(&b->qkv, b, normed, projected, rows, c->threads);
     if (!failed) {
-        place(b, c, projected, cache, head);
-        failed = attend(b, c, projected, cache, inner) || apply(&b->out, b, inner, normed, rows, c->threads);
+        place(b, c, projected, cache, slots, head);
+        failed = attend(b, c, projected, cache, slots, inner) || apply(&b->out, b, inner, normed, rows, c->threads);
     }
     if (!failed) {
         add(x, normed, y, rows * width, b->bf16);

@@ -83,6 +83,11 @@ class Kernel:
         self.skinny_linear.argtypes = (*[pointer] * 4, *[size] * 3, *[flag] * 3)
         self.decode_attention = library.decode_attention
         self.decode_attention.argtypes = (*[pointer] * 5, ctypes.POINTER(size), ctypes.c_float, *[flag] * 2)
+        self.rms_norm = library.rms_norm
+        self.rms_norm.argtypes = (*[pointer] * 3, *[size] * 2, ctypes.c_float, flag)
+        self.rms_norm.restype = None
+        self.block_step = library.block_step
+        self.block_step.argtypes = (*[pointer] * 5, size)
 
 
 @cache

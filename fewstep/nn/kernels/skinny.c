@@ -27,8 +27,8 @@
 #endif
 
 enum { PANEL = 16, LINE = 64, VECTORS = PANEL / LANES, MAX_WIDTH = 4, BLOCK_ROWS = 48 };
-enum { CHUNK = 64, AHEAD = 32 };          /* lines: the piece of a panel that tiles share in the first-level cache; prefetch distance */
-enum kind { F32, BF16, BF16_DOT };        /* fp32 weights; bf16 pairs widened to fp32; bf16 pairs dotted with bf16 pairs */
+enum { CHUNK = 64, AHEAD = 32 };   /* lines: a panel's piece that tiles share in the first-level cache; prefetch distance */
+enum kind { F32, BF16, BF16_DOT }; /* fp32 weights; bf16 pairs widened to fp32; bf16 pairs dotted with bf16 pairs */
 
 typedef struct {
     const char *weight;
@@ -102,22 +102,22 @@ INLINE void tile(const enum kind kind, const int rows, const int panels, const c
         for (int v = 0; v < vectors; v++) memcpy(sums + (r * vectors + v) * LANES, &a[r][v], sizeof(vec));
 }
 
-typedef void tile_function(int rows, int panels, const char *w, long stride, const char *ahead, long pace, const float *x, long pitch,
-                           long steps, float *sums);
-#define CASE(kind, rows)                                                                                                            \
-    case rows:                                                                                                                      \
-        if (WIDTH(rows) > 1 && panels > 1) tile(kind, rows, WIDTH(rows), w, stride, ahead, pace, x, pitch, steps, sums);            \
-        else tile(kind, rows, 1, w, stride, ahead, pace, x, pitch, steps, sums);                                                    \
+typedef void tile_function(int rows, int panels, const char *w, long stride, const char *ahead, long pace, const float *x,
+                           long pitch, long steps, float *sums);
+#define CASE(kind, rows) \
+    case rows: \
+        if (WIDTH(rows) > 1 && panels > 1) tile(kind, rows, WIDTH(rows), w, stride, ahead, pace, x, pitch, steps, sums); \
+        else tile(kind, rows, 1, w, stride, ahead, pace, x, pitch, steps, sums); \
         break;
 #if TILE_ROWS == 12
 #define MORE_CASES(kind) CASE(kind, 7) CASE(kind, 8) CASE(kind, 9) CASE(kind, 10) CASE(kind, 11) CASE(kind, 12)
 #else
 #define MORE_CASES(kind)
 #endif
-#define TILES(name, kind)                                                                                                           \
-    static void name(int rows, int panels, const char *w, long stride, const char *ahead, long pace, const float *x, long pitch,    \
-                     long steps, float *sums) {                                                                                     \
-        switch (rows) { CASE(kind, 1) CASE(kind, 2) CASE(kind, 3) CASE(kind, 4) CASE(kind, 5) CASE(kind, 6) MORE_CASES(kind) }      \
+#define TILES(name, kind) \
+    static void name(int rows, int panels, const char *w, long stride, const char *ahead, long pace, const float *x, long pitch, \
+                     long steps, float *sums) { \
+        switch (rows) { CASE(kind, 1) CASE(kind, 2) CASE(kind, 3) CASE(kind, 4) CASE(kind, 5) CASE(kind, 6) MORE_CASES(kind) } \
     }
 TILES(tile_f32, F32)
 TILES(tile_bf16, BF16)
@@ -192,8 +192,8 @@ static void compute_all(const job *j, int threads) {
 
 /* weight: panels of bf16 or fp32; bias: fp32 or NULL; x [rows, in] and y [rows, out]: contiguous, both bf16 or both fp32.
  * Returns 0, or -1 where memory for the activations is lacking. */
-int skinny_linear(const void *weight, const float *bias, const void *x, void *y, long rows, long in, long out, int w_bf16, int x_bf16,
-                  int threads) {
+int skinny_linear(const void *weight, const float *bias, const void *x, void *y, long rows, long in, long out, int w_bf16,
+                  int x_bf16, int threads) {
     const long size = x_bf16 ? 2 : 4, block = rows < BLOCK_ROWS ? rows : BLOCK_ROWS;
     job j = {.weight = weight, .bias = bias, .in = in, .out = out, .y_bf16 = x_bf16, .kind = w_bf16 ? BF16 : F32};
 #ifdef __AVX512BF16__

@@ -46,7 +46,12 @@ class AttentionConfig(Config):
         return Attention(self, width, heads, position or NoPosition())
 
 
-FEW = 64  # queries up to which a CPU decodes with the kernel, whose results do not depend on what shares the call
+FEW = 64  # tokens up to which a CPU decodes with the kernels, whose results do not depend on what shares the call
+
+
+def few(x: Tensor, count: int) -> bool:
+    """Whether `count` tokens with activations `x` are decoded with the kernels."""
+    return count <= FEW and not torch.is_grad_enabled() and x.is_cpu and x.dtype in kernels.DTYPES and kernels.available()
 
 
 @final
@@ -56,16 +61,18 @@ class AttentionState:
     def __init__(self, cache: Tensor, slots: Slots) -> None:
         self.cache, self.slots = cache, slots
 
-    def append(self, new: Tensor, parent: Tensor | None) -> "AttentionState":
-        """With `new` [B,2G,T,E] as pending nodes. Raises ValueError over capacity, before any write."""
-        start = self.slots.end
-        slots = self.slots.extend(parent, new.shape[2])
+    def reserve(self, parent: Tensor | None, count: int) -> "AttentionState":
+        """With `count` pending nodes whose slots are still to be written. Raises ValueError over capacity."""
+        return AttentionState(self.cache, self.slots.extend(parent, count))
+
+    def write(self, new: Tensor) -> "AttentionState":
+        """With `new` [B,2G,T,E] in the last slots in use."""
+        end = self.slots.end
+        start = end - new.shape[2]
         if torch.is_grad_enabled() or self.cache.requires_grad:
-            cache = torch.cat([self.cache[:, :, :start], new, self.cache[:, :, slots.end :]], 2)
-        else:
-            cache = self.cache
-            cache[:, :, start : slots.end] = new
-        return AttentionState(cache, slots)
+            return AttentionState(torch.cat([self.cache[:, :, :start], new, self.cache[:, :, end:]], 2), self.slots)
+        self.cache[:, :, start:end] = new
+        return self
 
     def commit(self, path: Tensor, keep: Tensor) -> "AttentionState":
         slots, moves = self.slots.commit(path, keep)
@@ -93,7 +100,8 @@ def _grown(cache: Tensor, capacity: int) -> Tensor:
 class Attention(nn.Module):
     """Softmax attention over [B,T,D]. Cost: 4 T^2 D per row in the parallel form.
 
-    `ctx.shared` keys: ("attention", window or mask), the additive mask of the call.
+    `ctx.shared` keys: ("attention", mask) and ("attention", window, "additive"), the additive mask of the call;
+    ("attention", window, "visible"), its Boolean one for the kernels.
     """
 
     modes = frozenset({"causal", "bidirectional"})
@@ -127,24 +135,43 @@ class Attention(nn.Module):
         return self._attend(q, k, v, ctx.shared[key]), {}
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        window, count = self._window(ctx), x.shape[1]
+        q, kv = self._project(x, ctx)
+        if few(q, count):
+            state, visible = self.reserve(ctx, state, count)
+            k, v = self._seen(state.write(kv))
+            return self.out(kernels.attend(q, k, v, visible)), state
+        state = state.reserve(ctx.parent, count).write(kv)
+        slots, (k, v) = state.slots, self._seen(state)
+        if slots.base == 0 and slots.parent is None and count == slots.end and window is None:
+            return self._attend(q, k, v, None, causal=True), state
+        key = ("attention", window, "additive")
+        if key not in ctx.shared:
+            visible = slots.visible(count, window)
+            ctx.shared[key] = None if visible is None else _additive(visible, q.dtype)
+        return self._attend(q, k, v, ctx.shared[key]), state
+
+    def reserve(self, ctx: Context, state: AttentionState, count: int) -> tuple[AttentionState, Tensor | None]:
+        """`state` with slots, still to be written, for the call's `count` tokens, and the slots that each of them sees.
+
+        Raises ValueError over capacity, or for a mask that is not causal.
+        """
+        window = self._window(ctx)
+        state = state.reserve(ctx.parent, count)
+        key = ("attention", window, "visible")
+        if key not in ctx.shared:
+            ctx.shared[key] = state.slots.visible(count, window)
+        return state, ctx.shared[key]
+
+    def _seen(self, state: AttentionState) -> tuple[Tensor, ...]:
+        """Keys and values [B,G,S,E] of the slots in use."""
+        return state.cache[:, :, : state.slots.end].split(self.kv_heads, 1)
+
+    def _window(self, ctx: Context) -> int | None:
         mask = self._mask(ctx)
         if not isinstance(mask, Causal | Window):
             raise ValueError(f"mask={type(mask).__name__}: a cached call is causal; use forward for a bidirectional pass")
-        q, kv = self._project(x, ctx)
-        state = state.append(kv, ctx.parent)
-        slots, count = state.slots, x.shape[1]
-        k, v = state.cache[:, :, : slots.end].split(self.kv_heads, 1)
-        window = mask.size if isinstance(mask, Window) else None
-        few = count <= FEW and not torch.is_grad_enabled() and q.is_cpu and q.dtype in kernels.DTYPES and kernels.available()
-        if not few and slots.base == 0 and slots.parent is None and count == slots.end and window is None:
-            return self._attend(q, k, v, None, causal=True), state
-        key = ("attention", window, few)
-        if key not in ctx.shared:
-            visible = slots.visible(count, window)
-            ctx.shared[key] = visible if few or visible is None else _additive(visible, q.dtype)
-        if few:
-            return self.out(kernels.attend(q, k, v, ctx.shared[key])), state
-        return self._attend(q, k, v, ctx.shared[key]), state
+        return mask.size if isinstance(mask, Window) else None
 
     def _mask(self, ctx: Context) -> object:
         window = self.config.window

@@ -14,7 +14,7 @@ from fewstep.core.recipe import resolve
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model
 from fewstep.nn.heads import ParallelHeads, ParallelHeadsConfig
-from fewstep.nn.packed import pack_linears
+from fewstep.nn.packed import pack
 from fewstep.recipes.run import cache_directory
 from fewstep.report.claims.claim import Bench
 from fewstep.training.data import DATA, DataConfig, prepare
@@ -85,5 +85,5 @@ def _weights(network: Decoder) -> dict[str, Tensor]:
 def _laid_out(bench: Bench, network: Decoder) -> Model:
     """A trained network as `load` would give it: in the model's dtype, packed for decoding."""
     network.requires_grad_(False)
-    pack_linears(network.to(bench.model.dtype))
+    pack(network.to(bench.model.dtype))
     return Model(network, bench.model.tokenizer, bench.model.recipe)
