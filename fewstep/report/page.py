@@ -12,20 +12,26 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fewstep.report.contest import PLAIN
 from fewstep.report.svg import Mark, bars, curve, scatter, stacks
 
+CHART = "quality.svg"
+_HERE, _STYLE = Path(__file__).parent, "chart.css"
+
 
 def write_page(race: Mapping[str, Any], path: Path) -> Path:
-    """Write the page of `race` at `path`; the absolute path."""
+    """Write the page of `race` at `path`, and its first chart beside it as `quality.svg`; the absolute path of the page."""
     path.write_text(page(race), encoding="utf-8")
+    chart = _quality(_rows(race), race["setting"])
+    style = (_HERE / _STYLE).read_text(encoding="utf-8")
+    path.with_name(CHART).write_text(chart.replace("<title>", f"<style>{style}</style><title>", 1), encoding="utf-8")
     return path.resolve()
 
 
 def page(race: Mapping[str, Any]) -> str:
     """The page's HTML; every text in it is escaped."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    rows = [{**row, "label": label(row)} for row in race["entries"]]
+    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
+    rows = _rows(race)
     ours = [row for row in rows if row["library"] == "fewstep"]
     best = max(ours, key=lambda row: row["tokens_per_call"])
-    fastest = max((row for row in ours if row["name"] != PLAIN), key=lambda row: row["tokens_per_second"]["median"])
+    fastest = max((row for row in ours if row["name"] != PLAIN), key=lambda row: row["tokens_per_second"]["median"], default=best)
     charts = {
         "quality": _quality(rows, race["setting"]),
         "speed": _speed(rows),
@@ -34,6 +40,10 @@ def page(race: Mapping[str, Any]) -> str:
     }
     template = environment.get_template("race.html.j2")
     return template.render(race=race, rows=rows, best=best, fastest=fastest, **charts)
+
+
+def _rows(race: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{**row, "label": label(row)} for row in race["entries"]]
 
 
 def label(row: Mapping[str, Any]) -> str:

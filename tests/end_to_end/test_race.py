@@ -66,6 +66,8 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, console: Console)
         title, description = chart[0], chart[1]
         assert title.tag.endswith("title") and title.text and description.tag.endswith("desc") and description.text
     assert page.count("mtp tree 3-2-1") >= 4, "in each chart and in the table"
+    alone = ElementTree.fromstring((tmp_path / "quality.svg").read_text(encoding="utf-8"))
+    assert alone[0].tag.endswith("style") and "--ours" in (alone[0].text or "")
 
 
 def test_the_command_takes_a_file_of_prompts(tmp_path: Path, console: Console) -> None:

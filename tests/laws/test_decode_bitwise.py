@@ -1,4 +1,4 @@
-"""With packed weights and the decode-attention kernel, drafting changes no bit: neither a token nor a logit, alone or in a batch."""
+"""With packed weights and the decoding kernels, drafting changes no bit: neither a token nor a logit, alone or in a batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +38,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "heads": [{"kind": "mtp_parallel"}],
     },
     "layer-norm": {"norm": "layer", "tied": False, "hidden": 50, "mlp_bias": True, "heads": [{"kind": "mtp_sequential"}]},
+    "gelu": {"activation": "gelu", "tied": False, "position": {"kind": "none"}, "heads": [{"kind": "mtp_parallel"}]},
 }
 
 

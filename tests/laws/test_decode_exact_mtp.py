@@ -31,7 +31,6 @@ DRAFTERS: Mapping[str, MultiTokenConfig] = {
     "tree-drawn": MultiTokenConfig(branching=(2, 2, 1)),
     "tree-chosen": MultiTokenConfig(branching=(2, 1, 2), mode="chosen"),
 }
-QUICK = [("mtp_sequential", "tree-drawn"), ("mtp_parallel", "tree-drawn"), ("mtp_sequential", "chain-drawn")]
 TEMPERATURES, NUCLEI = (0.7, 1.0, 1.6), (1.0, 0.75)
 WARM = SamplingConfig(temperature=1.0)
 REVEALING = 5  # the seed of a model whose heads are so far from its law that every bug shows in a few thousand draws
@@ -134,11 +133,11 @@ BUGS: Mapping[str, tuple[MultiTokenConfig, Lie]] = {
 }
 
 
-@pytest.mark.parametrize(("form", "name"), QUICK)
-def test_samples_have_the_law_of_the_target(form: str, name: str, seed: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_have_the_law_of_the_target(form: str, seed: int) -> None:
     target = model(form, seed)
     config = SamplingConfig(temperature=0.9, top_k=4, top_p=0.95, repetition_penalty=1.2)
-    tokens = drawn(target, DRAFTERS[name].build(target, no_load), config, seed, 20_000)
+    tokens = drawn(target, DRAFTERS["tree-drawn"].build(target, no_load), config, seed, 20_000)
     assert min(p_values(tokens, target, config)) > FALSE_ALARM
 
 
@@ -146,10 +145,8 @@ def test_samples_have_the_law_of_the_target(form: str, name: str, seed: int) -> 
 def test_planted_bugs_are_caught(form: str, bug: str, seed: int) -> None:
     target = model(form, REVEALING)
     config, lie = BUGS[bug]
-    honest = config.build(target, no_load)
-    truth, lies = (drawn(target, drafter, WARM, seed, 12_288) for drafter in (honest, Lying(honest, lie)))
-    assert min(p_values(truth, target, WARM)) > FALSE_ALARM
-    assert min(p_values(lies, target, WARM)) < FALSE_ALARM
+    tokens = drawn(target, Lying(config.build(target, no_load), lie), WARM, seed, 12_288)
+    assert min(p_values(tokens, target, WARM)) < FALSE_ALARM
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

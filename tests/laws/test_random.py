@@ -167,11 +167,11 @@ def test_no_two_places_share_their_numbers(seed: int) -> None:
     By chance two are equal with probability 2^-18.
     """
     rng = seeded(seed, 8)
-    grids = [rng.uniform(16, 16)]
+    grids = [rng.uniform(16, 16, 4), rng.uniform(16, 16), rng.uniform(16), rng.uniform()]
     for i in range(16):
         grids += [rng.at(i).split(f"{a}").uniform(16, 8) for a in range(8)]
         grids += [rng.split(f"{a}").at(i).uniform(16) for a in range(8)]
-        grids.append(rng.at(i).uniform(16, 4))
+        grids += [rng.at(i).uniform(16, 4), rng.at(i).uniform(16), rng.at(i).uniform(), rng.at(i).at(i).uniform(16)]
     numbers = torch.cat([grid.flatten() for grid in grids])
     assert len(numbers) < 2**18
     assert len(torch.unique(numbers)) == len(numbers)

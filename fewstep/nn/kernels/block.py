@@ -43,14 +43,17 @@ class Parts:
     gated: bool
 
 
+@final
 class _Layer(ctypes.Structure):
     _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("inputs", ctypes.c_long), ("outputs", ctypes.c_long)]
 
 
+@final
 class _Norm(ctypes.Structure):
     _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_float)]
 
 
+@final
 class _Block(ctypes.Structure):
     _fields_ = [
         *((name, _Layer) for name in ("qkv", "out", "up", "down")),
@@ -60,6 +63,7 @@ class _Block(ctypes.Structure):
     ]
 
 
+@final
 class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_long) for name in ("batch", "queries", "start")),
