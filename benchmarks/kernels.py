@@ -10,9 +10,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ from fewstep.nn.kernels import attend, linear, pack
 from fewstep.nn.kernels.kernel import default_kernel
 
 ROWS = (1, 2, 4, 6, 8, 16, 32)
-MODELS = {
-    "large": [(2048, 2048)] * 16,
-    "nano": [(768, 256), (256, 256), (1376, 256), (256, 688), (384, 192), (192, 512)] * 8,  # (out, in)
-}
-CACHES = [(4, 4, 64, 512), (6, 2, 64, 512), (16, 8, 64, 2048)]  # query heads, key-value heads, head width, keys
+MODELS = MappingProxyType(
+    {
+        "large": ((2048, 2048),) * 16,
+        "nano": ((768, 256), (256, 256), (1376, 256), (256, 688), (384, 192), (192, 512)) * 8,  # (out, in)
+    }
+)
+CACHES = ((4, 4, 64, 512), (6, 2, 64, 512), (16, 8, 64, 2048))  # query heads, key-value heads, head width, keys
 
 
 def alternate(
@@ -43,7 +46,7 @@ def alternate(
     return seconds
 
 
-def race(shapes: list[tuple[int, int]], rows: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
+def race(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
     """Median and best gigabytes of weights per second over whole walks of the model, and median microseconds per layer."""
     weights = [torch.randn(shape).to(dtype) for shape in shapes]
     packed = [pack(weight) for weight in weights]
@@ -118,6 +121,7 @@ def race_attention(rounds: int) -> list[dict[str, object]]:
 
 
 def main() -> None:
+    """Print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)

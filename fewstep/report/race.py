@@ -63,9 +63,10 @@ class Race:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Every number, for `race.json`, the table and the page."""
+        """Every number in JSON values, for `race.json`, the table and the page."""
         machine = asdict(self.machine) | {
-            "verification": self.machine.verification,
+            "call_seconds": {str(count): seconds for count, seconds in self.machine.call_seconds.items()},
+            "verification": {str(count): ratio for count, ratio in self.machine.verification.items()},
             "bound_seconds": self.machine.bound_seconds,
             "cached_bound_seconds": self.machine.cached_bound_seconds,
         }
@@ -260,7 +261,7 @@ def _table(race: Mapping[str, Any]) -> Table:
     law = f"temperature {setting['temperature']:g}" if setting["temperature"] else "greedy"
     title = f"{setting['model']}: {setting['count']} prompts x {setting['max_new_tokens']} tokens, {law}, {setting['dtype']}"
     bound = f"a call reads {machine['weight_bytes'] / 1e6:.1f} MB: at least {1e3 * machine['bound_seconds']:.2f} ms from memory"
-    caption = f"{bound} at {machine['bandwidth'] / 1e9:.1f} GB/s; measured {1e3 * machine['call_seconds'][1]:.2f} ms per call"
+    caption = f"{bound} at {machine['bandwidth'] / 1e9:.1f} GB/s; measured {1e3 * machine['call_seconds']['1']:.2f} ms per call"
     table = Table(title=title, caption=caption)
     for column in ("", "tokens/call", "drafts/call", "tokens/s", "over plain", "identical", "log2 p/token", "draft cost"):
         table.add_column(column, justify="left" if not column else "right")

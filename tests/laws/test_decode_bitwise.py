@@ -17,7 +17,7 @@ from fewstep.decode.generate import Completion, decode
 from fewstep.decode.stream import Settings
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.nn import kernels
-from fewstep.nn.packed import PackedLinear, pack
+from fewstep.nn.packed import PackedLinear
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler here, so no kernel whose bits could be promised")
 
@@ -38,7 +38,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "heads": [{"kind": "mtp_parallel"}],
     },
     "layer-norm": {"norm": "layer", "tied": False, "hidden": 50, "mlp_bias": True, "heads": [{"kind": "mtp_sequential"}]},
-    "gelu": {"activation": "gelu", "tied": False, "position": {"kind": "none"}, "heads": [{"kind": "mtp_parallel"}]},
 }
 
 
@@ -77,9 +76,7 @@ def assert_same_bits(found: Sequence[Completion], expected: Sequence[Completion]
 def test_every_drafter_gives_the_bits_of_plain_decoding(dtype: torch.dtype, shape: str, seed: int) -> None:
     target = decoder(seed, dtype, shape)
     draft = near(target, seed, shape)
-    prompts = prompts_of(
-        seed, VOCAB, [6, 1, 30, 90]
-    )  # the last makes the prefill too long for the kernel, which is the same for all
+    prompts = prompts_of(seed, VOCAB, [6, 1, 30, 90])  # the last: a prefill too long for the kernel
     plain = continued(target, SilentConfig(), draft, prompts)
     accepted = 0
     for config in DRAFTERS.values():
@@ -106,6 +103,6 @@ def test_other_bits_are_seen(name: str, seed: int) -> None:
     prompts = prompts_of(seed, VOCAB, [6, 30])
     plain = continued(target, SilentConfig(), target, prompts)
     with torch.no_grad():
-        target.embedding.weight += 1e-6
+        target.embedding.weight[0, 0] += 1e-6
     with pytest.raises(AssertionError):
         assert_same_bits(continued(target, DRAFTERS[name], target, prompts), plain)

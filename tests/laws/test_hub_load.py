@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from fewstep.hub import load as load_module
-from fewstep.hub.load import load
 from fewstep.hub.save import save_hf
 from fewstep.models import weights
 from fewstep.models.decoder import DecoderConfig
@@ -22,6 +22,9 @@ from fewstep.nn.heads import ParallelHeadsConfig, SequentialHeadsConfig
 from fewstep.nn.mixers.attention import AttentionConfig
 from fewstep.nn.position import NoPositionConfig
 from fewstep.training.checkpoint import Checkpoint, Checkpoints
+
+load = partial(load_module.load, packed=False)  # weights as they are, to compare and to save bit for bit
+
 
 DATA = Path(__file__).parents[1] / "parity" / "data" / "hub"
 SMALL = {"vocab": 40, "width": 24, "hidden": 16, "depth": 3, "query_heads": 2, "max_positions": 50}

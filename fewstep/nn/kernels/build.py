@@ -10,25 +10,33 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import final
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
-PATHS: dict[str, tuple[str, ...]] = {  # best first: the compiler flags of each instruction-set path
-    "avx512bf16": ("-mavx512f", "-mavx512bf16", "-mtune=native"),
-    "avx512": ("-mavx512f", "-mtune=native"),
-    "avx2": ("-mavx2", "-mfma", "-mtune=native"),
-    "portable": (),
-}
-REQUIRES: dict[str, tuple[str, ...]] = {  # macros that the compiler defines for this CPU where a path can run
-    "avx512bf16": ("__AVX512F__", "__AVX512BF16__"),
-    "avx512": ("__AVX512F__",),
-    "avx2": ("__AVX2__", "__FMA__"),
-    "portable": (),
-}
+PATHS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {  # best first: the compiler flags of each instruction-set path
+        "avx512bf16": ("-mavx512f", "-mavx512bf16", "-mtune=native"),
+        "avx512": ("-mavx512f", "-mtune=native"),
+        "avx2": ("-mavx2", "-mfma", "-mtune=native"),
+        "portable": (),
+    }
+)
+REQUIRES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {  # macros that the compiler defines for this CPU where a path can run
+        "avx512bf16": ("__AVX512F__", "__AVX512BF16__"),
+        "avx512": ("__AVX512F__",),
+        "avx2": ("__AVX2__", "__FMA__"),
+        "portable": (),
+    }
+)
 
 
+@final
 class BuildError(RuntimeError):
     """The kernels could not be compiled, stored or loaded; the message says which and why."""
 

@@ -149,7 +149,12 @@ class _Pair:
             worst = max(worst, abs(measured / expected - 1))
             rows.append({"g": depth, "v": verification, "expected": expected, "measured": measured})
         how = f"c = {ratio:.2f}; without the prompts; median of {len(self._plain.seconds)} rounds in alternating order"
-        return Finding(SECONDS, worst, how, {"c": ratio, "call_seconds": target, "depths": rows})
+        return Finding(
+            SECONDS,
+            worst,
+            how,
+            {"c": ratio, "call_seconds": {str(count): seconds for count, seconds in target.items()}, "depths": rows},
+        )
 
     def _pairs(self) -> Iterator[tuple[int, Record]]:
         return zip(_PAIR_DEPTHS, self._records, strict=True)
