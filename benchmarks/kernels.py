@@ -84,6 +84,7 @@ def attention_race(cache: tuple[int, int, int, int], rows: int, dtype: torch.dty
 
 
 def race_linears(rounds: int) -> list[dict[str, object]]:
+    """Every model, row count and dtype of the linear race, printed as it goes."""
     print("linear layers: GB/s of weights, median (best); us per layer; v(rows) / v(1)")
     print(f"{'model':6} {'dtype':9} {'rows':>4}  {'fewstep':>14} {'us':>8} {'ratio':>6}  {'aten':>14} {'us':>8} {'ratio':>6}")
     records: list[dict[str, object]] = []
@@ -102,6 +103,7 @@ def race_linears(rounds: int) -> list[dict[str, object]]:
 
 
 def race_attention(rounds: int) -> list[dict[str, object]]:
+    """Every cache, row count and dtype of the attention race, printed as it goes."""
     print("attention of one layer: us, median (best); v(nodes) / v(1)")
     print(
         f"{'heads':8} {'width':>5} {'keys':>5} {'dtype':9} {'nodes':>5}  {'fewstep':>18} {'ratio':>6}  {'aten':>18} {'ratio':>6}"

@@ -34,15 +34,19 @@ class BitsPerByte:
 def bits_per_byte(model: Model, texts: Sequence[str], context: int = 384, stride: int = 192) -> BitsPerByte:
     """Score every token of every text once, each text alone, in windows of `context` tokens that advance by `stride`.
 
-    A text begins after the end-of-text token, as in training, so that its first token is scored too; later ones have at least
-    `context` - `stride` tokens on their left where the text has them. Raises ValueError without a tokenizer or for a bad stride.
+    A text follows the end-of-text token, so that its first token is scored too; later ones have at least `context` - `stride`
+    tokens on their left where the text has them. `bytes` are all of the texts', and nothing but them is scored.
+    Raises ValueError without a tokenizer, for a bad stride, or where there is no text.
     Cost: about context / stride evaluations of every token.
+    Differs: training keeps documents apart, so a first token is no part of its loss; here it costs what the model gives it.
     """
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.eos is None:
-        raise ValueError("model: has no tokenizer with an end-of-text token; bits per byte need text")
+        raise ValueError("model: has no tokenizer with an end-of-text token; load it with its tokenizer.json")
     if not 0 < stride <= context:
-        raise ValueError(f"stride={stride}: must be from 1 to context={context}")
+        raise ValueError(f"stride={stride}: must be from 1 to context={context}; lower it, or raise the context")
+    if not any(texts):
+        raise ValueError("texts: no character to score; give at least one")
     nats, tokens = 0.0, 0
     windows = [window for ids in tokenizer.encode_documents(texts) for window in _windows([tokenizer.eos, *ids], context, stride)]
     for first in range(0, len(windows), _ROWS):

@@ -16,6 +16,7 @@ import torch
 
 from fewstep.core.random import CounterRng
 from fewstep.core.recipe import resolve
+from fewstep.hub.load import shipped
 from fewstep.models.model import Model
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.training.data import DATA
@@ -23,7 +24,6 @@ from fewstep.training.data.grouping import Document
 from fewstep.training.data.sources import PARTS, Corpus, DataConfig
 
 PROMPTS, FILES = "prompts.jsonl", "files.json"
-SHIPPED = Path(__file__).parent.parent / "shipped"
 
 _SHORTEST, _LONGEST, _REFERENCE = 100, 160, 128  # tokens
 
@@ -43,9 +43,9 @@ def prompts_for(source: Path | str, model: Model, count: int = 200, seed: int = 
 
     Those beside it if there are any, else cut from what its recipe holds out. Raises ValueError if neither is to be had.
     """
-    for directory in (Path(source), SHIPPED / str(source)):
-        if (directory / PROMPTS).is_file():
-            return read_prompts(directory / PROMPTS)[:count]
+    beside = shipped().get(str(source), Path(source)) / PROMPTS
+    if beside.is_file():
+        return read_prompts(beside)[:count]
     if "data" not in model.recipe or model.tokenizer is None:
         raise ValueError(f"prompts: no {PROMPTS} beside {str(source)!r} and no data in its recipe; give a file of prompts")
     data = cast(DataConfig, resolve(model.recipe["data"], DATA, "data"))
