@@ -4,6 +4,7 @@ This file knows no technique. It prints; measuring and pages are its neighbours'
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.text import Text
@@ -19,9 +20,17 @@ from fewstep.models.model import Model
 DRAFTED, COMPUTED = "green", "default"
 
 
+_PICTURES = MappingProxyType({code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421})
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as their pictures, since what a model writes must not steer a terminal."""
+    return text.translate(_PICTURES | dict.fromkeys(range(128, 160), 65533))
+
+
 def styled(piece: Piece, stats: bool) -> Text:
-    """The text of a piece, coloured if it was drafted and accepted."""
-    return Text(piece.text, style=DRAFTED if stats and piece.drafted else COMPUTED)
+    """The text of a piece, coloured if it was drafted and accepted; control characters are shown, not sent."""
+    return Text(visible(piece.text), style=DRAFTED if stats and piece.drafted else COMPUTED)
 
 
 def cost_line(cost: Cost) -> str:
@@ -47,7 +56,10 @@ def print_generation(
     out = Console(highlight=False, soft_wrap=True)
     if config.samples == 1:
         for piece in generation:
-            out.print(styled(piece, stats), end="")
+            if out.is_terminal:
+                out.print(styled(piece, stats), end="")
+            else:  # a file or a pipe gets the text as it is
+                out.file.write(piece.text)
         out.print()
     else:
         for _ in generation:

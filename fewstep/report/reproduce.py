@@ -7,6 +7,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,12 +48,15 @@ def reproduce(
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(model, draft, prompts, effort, Path(scratch), console)
-        report = Report(claim, tuple(claim.measure(bench)), setting)
-    console.print(report.table())
     path = Path(directory) / f"reproduce-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(model, draft, prompts, effort, Path(scratch), console)
+        report = Report(claim, (), setting)
+        for finding in claim.measure(bench):  # written down one by one: what took minutes to measure is not lost
+            console.print(f"{finding.criterion.name}: {finding.verdict}", highlight=False)
+            report = replace(report, findings=(*report.findings, finding))
+            path.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    console.print(report.table())
     console.print(str(path), soft_wrap=True)
     return report

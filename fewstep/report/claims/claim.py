@@ -123,7 +123,7 @@ class Report:
         met = sum(finding.verdict == "reproduced" for finding in self.findings)
         first = next((finding for finding in self.findings if finding.value is not None), None)
         told = f"; {first.criterion.name} {first.value:.3g}" if first else ""
-        return f"{met} of {len(self.findings)} criteria met{told}"
+        return f"{met} of {len(self.claim.criteria)} criteria met{told}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for `reproduce-NAME.json`."""
