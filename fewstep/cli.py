@@ -67,7 +67,7 @@ def train(
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
-    drafter: Annotated[str, typer.Option(help="auto, silent, ngram, mtp, or draft_model=PATH.")] = "auto",
+    drafter: Annotated[str, typer.Option(help="auto, a name of `fewstep systems`, or NAME=PATH.")] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to emit at most.")] = 64,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,

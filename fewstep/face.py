@@ -1,4 +1,4 @@
-"""`fewstep.generate`, and how a drafter gets its second model: a few lines over the rooms that do the work."""
+"""`fewstep.generate`: a few lines over the rooms that do the work."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.generate import Completion
 from fewstep.decode.text import GenerationConfig, Prompts, pick_drafter
 from fewstep.decode.text import generate as generate_rows
+from fewstep.hub.heads import companion
 from fewstep.hub.load import load
 from fewstep.models.model import Model
 
@@ -26,16 +27,12 @@ def generate(
 ) -> Completion | list[Completion]:
     """Continue `prompts` (a text, texts, token ids or a [B,T] tensor): one `Completion` for one text, else a list.
 
-    `drafter`: a name ("auto": the checkpoint's own heads, else prompt lookup), "draft_model=PATH", a config or a drafter; the
-    output never depends on it. `options`: any other field of `GenerationConfig` by name, e.g. {"top_p": 0.9, "stop": ["\\n\\n"]}.
+    `drafter`: a name ("auto": the checkpoint's own heads, else prompt lookup), "draft_model=PATH" or "medusa=RUN", a config or a
+    drafter; the output never depends on it. `options`: any other field of `GenerationConfig` by name, e.g. {"top_p": 0.9,
+    "stop": ["\\n\\n"]}.
     Raises ValueError for a bad option, an empty prompt or one that exceeds the context.
     """
     model = model if isinstance(model, Model) else load(model)
     fields = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, **(options or {})}
-    rows = generate_rows(model, prompts, pick_drafter(model, drafter, load_target(model)), parse(GenerationConfig, fields))
+    rows = generate_rows(model, prompts, pick_drafter(model, drafter, companion(model)), parse(GenerationConfig, fields))
     return rows[0] if isinstance(prompts, str) and len(rows) == 1 else rows
-
-
-def load_target(model: Model) -> Any:
-    """How a drafter of `model` loads a second one: same device and dtype."""
-    return lambda path: load(path, device=str(model.device), dtype=model.dtype).network

@@ -126,7 +126,7 @@ class TableModel(nn.Module):
         logits = self.table[position % _PERIOD, new.token(node), new.token(parent), new.token(grand)]
         if layers is not None:  # early exit: a blunter law
             logits = logits / 2
-        hidden = {name: self.embed(tree.tokens) for name in taps}
+        hidden = {name: logits if name == "logits" else self.embed(tree.tokens) for name in taps}
         return Output(logits if need is None else logits.gather(1, need.unsqueeze(-1).expand(-1, -1, self.vocab)), hidden, new)
 
     def after(self, tokens: list[int]) -> list[float]:

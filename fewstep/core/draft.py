@@ -25,7 +25,13 @@ class Verdict:
 
 
 class Law(Rows, Protocol):
-    """The sampling transform of each row: temperature, top-k, top-p, min-p, penalties, later grammars."""
+    """The sampling transform of each row: temperature, top-k, top-p, min-p, penalties, later grammars.
+
+    `greedy`: every law is the point mass on the largest logit, whatever the history.
+    """
+
+    @property
+    def greedy(self) -> bool: ...
 
     def __call__(self, logits: Tensor, tree: Tree, nodes: Tensor | None = None) -> Tensor:
         """The law after each node of `tree`: [B,K,V] float64, or int64 [B,K] when every law is a point mass (greedy).

@@ -57,13 +57,14 @@ class Tree:
 def ancestors(parent: Tensor) -> Tensor:
     """[B,N,N] bool: entry [b,i,j] is True iff node j is node i or one of its ancestors. Padding rows hold only themselves.
 
-    `parent` [B,N] must count all pending nodes (index = node). Cost: O(depth) gathers of [B,N,N].
+    `parent` [B,N] must count all pending nodes (index = node). Cost: O(depth) gathers of [B,N,N], one pass for chains.
     """
     batch, count = parent.shape
-    own = torch.eye(count, dtype=torch.bool, device=parent.device).expand(batch, count, count)
-    if _is_chain(parent):
-        return torch.where((parent > -2)[:, :, None], torch.ones_like(own).tril(), own)
-    reach = own.clone()
+    starts = _starts(parent)
+    if starts is not None:
+        order = torch.arange(count, device=parent.device)
+        return (order <= order[:, None]) & (order >= starts[:, :, None])
+    reach = torch.eye(count, dtype=torch.bool, device=parent.device).repeat(batch, 1, 1)
     current = parent
     while bool((current >= 0).any()):
         step = torch.zeros_like(reach).scatter_(2, current.clamp(min=0).unsqueeze(-1), (current >= 0).unsqueeze(-1))
@@ -74,8 +75,9 @@ def ancestors(parent: Tensor) -> Tensor:
 
 def depths(parent: Tensor) -> Tensor:
     """[B,N] int64: 0 for a node with no pending parent, else its parent's depth + 1; 0 for padding."""
-    if _is_chain(parent):
-        return torch.where(parent > -2, torch.arange(parent.shape[1], device=parent.device), 0)
+    starts = _starts(parent)
+    if starts is not None:
+        return torch.arange(parent.shape[1], device=parent.device) - starts
     depth = torch.zeros_like(parent)
     current = parent
     while bool((current >= 0).any()):
@@ -84,10 +86,14 @@ def depths(parent: Tensor) -> Tensor:
     return depth
 
 
-def _is_chain(parent: Tensor) -> bool:
-    """Whether each row is one branch with padding at its end only (a prompt): its relations need no walk up the tree."""
-    previous = torch.arange(-1, parent.shape[1] - 1, device=parent.device)
-    return bool(((parent == previous) | (parent == -2)).all())
+def _starts(parent: Tensor) -> Tensor | None:
+    """[B,N] where the chain of each node begins, if every node follows the one before it or none (prompts, whatever their
+    padding): their relations need no walk up the tree. None for other trees."""
+    order = torch.arange(parent.shape[1], device=parent.device)
+    follows = parent == order - 1
+    if not bool((follows | (parent < 0)).all()):
+        return None
+    return torch.where(parent < 0, order, 0).cummax(1).values
 
 
 @final
@@ -150,13 +156,14 @@ Mask = Causal | Window | Full | Blocks | Doubled | Prefix | Dense
 class Context:
     """Everything about a call but the activations.
 
-    `positions` [B,T] or [B,T,P] (several axes) int64. `parent` [B,T]: as in `Tree`, None for a chain without padding.
+    `positions` [B,T] or [B,T,P] (several axes) int64; None, in a cached call: each token's index in its sequence, as the state
+    counts them. `parent` [B,T]: as in `Tree`, None for a chain without padding.
     `segments` [B,T]: which packed sequence a token belongs to, -1 = padding; None: one sequence per row. `cond` [B,C] or
     [B,T,C]: time, class, block noise. `shared`: values one layer computed that later layers of the same call may read,
     written once per key by whoever needs it first; a mixer documents its keys.
     """
 
-    positions: Tensor
+    positions: Tensor | None = None
     parent: Tensor | None = None
     segments: Tensor | None = None
     mask: Mask = Causal()

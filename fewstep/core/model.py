@@ -36,6 +36,11 @@ class Target(Protocol):
     @property
     def heads(self) -> Mapping[str, nn.Module]: ...
 
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """The modules behind `embed` and `unembed`, which drafters share."""
+        ...
+
     def embed(self, tokens: Tensor) -> Tensor:
         """[B,N] -> [B,N,D]."""
         ...

@@ -14,6 +14,8 @@ Shared = dict[Any, Any]
 class Position(Protocol):
     """B rows, T tokens, D width, H heads, Q queries, K keys, E head width. Positions are int64 [B,T] or [B,T,P] (P axes)."""
 
+    embeds: bool  # whether `embed` does anything: a cached call computes positions for it
+
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D], before the first layer."""
         ...
@@ -36,6 +38,8 @@ class Position(Protocol):
 
 class NoPosition(nn.Module):
     """The encoding that does nothing, and the base that gives others their neutral parts."""
+
+    embeds = False
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         return x

@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.core.draft import Verdict
 from fewstep.core.mixer import Tree, ancestors
 from fewstep.core.recipe import Config
+from fewstep.nn.kernels import argmax
 
 _RANKED = 128  # tokens looked at before a whole vocabulary is sorted: a nucleus is nearly always smaller
 
@@ -72,10 +73,14 @@ class Sampling:
         seen = torch.zeros(len(configs), vocab, dtype=torch.uint8, device=device) if penalised else None
         return cls(torch.tensor(knobs, dtype=torch.float64, device=device).reshape(-1, 5), vocab, seen)
 
+    @property
+    def greedy(self) -> bool:
+        return self._all_cold and self._seen is None
+
     def __call__(self, logits: Tensor, tree: Tree, nodes: Tensor | None = None) -> Tensor:
         if self._seen is not None:
             logits = self._penalised(logits.double(), tree, nodes, self._seen)
-        best = logits.argmax(-1)  # ties: the lowest index
+        best = argmax(logits)  # ties: the lowest index
         if self._all_cold:
             return best
         top = logits.gather(-1, best.unsqueeze(-1)).double()

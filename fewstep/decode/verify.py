@@ -5,7 +5,6 @@ This file knows neither drafters nor models: only a tree, how its nodes came abo
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fewstep.core.draft import Verdict
 from fewstep.core.mixer import Tree
@@ -36,21 +35,18 @@ def verify(tree: Tree, p: Tensor, rng: Rng) -> Verdict:
 def _greedy(tree: Tree, p: Tensor) -> Verdict:
     if tree.size == 1:
         return Verdict(torch.zeros_like(tree.tokens), torch.ones_like(p[:, 0]), p[:, 0])
-    agrees = tree.tokens == p.gather(1, tree.parent.clamp(min=0))
-    # a node that disagrees is nobody's next; `none` sorts last and is nobody's parent, so a row that stopped stays stopped
-    none = tree.size
-    index = torch.where(agrees, torch.arange(none, device=p.device), none)
-    path = [torch.zeros_like(p[:, :1])]
-    for _ in range(1, tree.size):
-        child = torch.where(tree.parent == path[-1], index, none).amin(1, keepdim=True)  # of several, the first
-        if int(child.min()) == none:
-            break
-        path.append(child)
-    ended = torch.cat(path, 1)
-    keep = (ended < none).sum(1)
-    order = torch.where(ended < none, ended, 0)
-    last = order.gather(1, keep.unsqueeze(1) - 1)
-    return Verdict(functional.pad(order, (0, tree.size - order.shape[1])), keep, p.gather(1, last).squeeze(1))
+    # walked by the host, row by row: one transfer and a few comparisons, where tensors take some five operators a level
+    paths, keep, following = [], [], []
+    for tokens, parent, best in torch.stack([tree.tokens, tree.parent, p], 1).tolist():
+        path = [0]
+        for node in range(1, tree.size):  # of several children that agree, the first
+            if parent[node] == path[-1] and tokens[node] == best[path[-1]]:
+                path.append(node)
+        paths.append(path + [0] * (tree.size - len(path)))
+        keep.append(len(path))
+        following.append(best[path[-1]])
+    made = torch.tensor([[*path, kept, token] for path, kept, token in zip(paths, keep, following, strict=True)], device=p.device)
+    return Verdict(made[:, : tree.size], made[:, tree.size], made[:, tree.size + 1])
 
 
 def _sampled(tree: Tree, p: Tensor, uniform: Tensor) -> Verdict:

@@ -15,7 +15,7 @@ from fewstep.nn.packed import pack
 from fewstep.training.checkpoint import Checkpoints
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
-RECIPE, RUN = "recipe.json", "checkpoints"
+RECIPE, RUN, HEADS = "recipe.json", "checkpoints", "heads.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -33,6 +33,8 @@ def load(
     Raises ValueError when there is no model, or one that is damaged, unknown or inconsistent; nothing is half loaded.
     """
     directory = locate(source)
+    if (directory / HEADS).is_file():
+        raise ValueError(f"model={str(source)!r}: heads for a model, not a model; load that one, with drafter=KIND={source}")
     own, theirs = (directory / RECIPE).is_file(), (directory / CONFIG).is_file()
     if own and theirs:
         raise ValueError(f"model={str(source)!r}: holds both {RECIPE} (fewstep) and {CONFIG} (Hugging Face); remove one of them")

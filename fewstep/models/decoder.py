@@ -14,17 +14,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.core.mixer import Aux, Causal, Context, Mask, State, Tree
+from fewstep.core.mixer import Aux, Causal, Context, Mask, Tree
 from fewstep.core.model import Output
-from fewstep.core.recipe import choice
+from fewstep.core.recipe import Config, choice, parse
+from fewstep.nn.ahead import Begins
 from fewstep.nn.blocks import Block, BlockConfig, norm
 from fewstep.nn.heads import HEADS
 from fewstep.nn.masks import places
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig
 from fewstep.nn.position import POSITIONS, RopeConfig
-from fewstep.nn.slots import Slots
-from fewstep.nn.stack import StackState
+from fewstep.nn.stack import Stack, StackState
 
 
 @final
@@ -60,6 +60,12 @@ class DecoderConfig(BlockConfig):
             raise ValueError(f"heads={[head.kind for head in self.heads]}: two serve the drafter {twice!r}; keep one of them")
         return self
 
+    def carrying(self, *heads: Config) -> "DecoderConfig":
+        """This decoder with `heads` in place of those that serve the same drafters. Raises ValueError for two that serve one."""
+        drafters = {cast(Any, head).drafter for head in heads}
+        kept = [head for head in self.heads if head.drafter not in drafters]
+        return parse(DecoderConfig, {**dict(self), "heads": [*kept, *heads]})
+
     def build(self) -> "Decoder":
         return Decoder(self)
 
@@ -92,33 +98,43 @@ class Decoder(nn.Module):
             )
         self.position = config.position.build(head_width=head_widths.pop())
         self.embedding = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
+        self.blocks = Stack(self._block(i) for i in range(config.depth))
         self.norm = norm(config.norm, config.width, config.eps)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        made = {
-            head.drafter: head.build(
-                width=config.width, trunk_depth=config.depth, eps=config.eps, make_block=lambda: self._block(config.depth - 1)
-            )
-            for head in config.heads
-        }
-        self.extra = nn.ModuleDict(made)
-        self._initialise()
+        self.extra = nn.ModuleDict({head.drafter: self._heads(head) for head in config.heads})
+        self._initialise(self)
+        self._begin(self.extra)
 
     @property
     def heads(self) -> Mapping[str, nn.Module]:
         return dict(self.extra.items())
 
+    def attach(self, *heads: Config) -> None:
+        """Set freshly drawn `heads` (configs of `HEADS`) beside the trunk, in place of those that serve the same drafters.
+
+        Raises ValueError for two that serve one drafter, or heads this trunk cannot carry; then nothing has changed.
+        """
+        config = self.config.carrying(*heads)
+        made = nn.ModuleDict({cast(Any, head).drafter: self._heads(head) for head in heads})
+        self._initialise(made)
+        self._begin(made.to(self.embedding.weight))
+        self.extra.update(dict(made.items()))
+        self.config = config
+
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        return self.embedding, self.head
+
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.embedding(tokens)
+        return torch.embedding(self.embedding.weight, tokens)
 
     def unembed(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
         return self.head(h) if ids is None else nn.functional.linear(h, self.head.weight[ids])
 
     def init_state(self, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype) -> StackState:
-        layers = [cast(Block, block).init_state(batch, capacity, device=device, dtype=dtype) for block in self.blocks]
-        return StackState.empty(layers, Slots.empty(batch, capacity, device))
+        return self.blocks.init_state(batch, capacity, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -157,27 +173,20 @@ class Decoder(nn.Module):
         inputs: Tensor | None = None,
         layers: range | None = None,
     ) -> Output:
-        layers = range(self.depth) if layers is None else layers
         stack = cast(StackState, state)
         slots = stack.slots.extend(tree.parent, tree.size)
-        index = slots.index[:, -tree.size :]
         if self.max_positions is not None and slots.end > self.max_positions:
-            longest = int(index.where(tree.valid, -1).max()) + 1  # slots also count padding
+            longest = int(slots.index[:, -tree.size :].where(tree.valid, -1).max()) + 1  # slots also count padding
             if longest > self.max_positions:
                 raise ValueError(f"max_positions={self.max_positions}: {longest} asked for; shorten the prompt or the tree")
-        positions = index if positions is None else positions
+        x = self.embed(tree.tokens) if inputs is None else inputs
+        if self.position.embeds:
+            positions = slots.index[:, -tree.size :] if positions is None else positions
+            x = self.position.embed(x, positions)
         ctx = Context(positions, parent=tree.parent, mask=mask or Causal())
-        x = self.position.embed(self.embed(tree.tokens) if inputs is None else inputs, positions)
         hidden = {"embed": x} if "embed" in taps else {}
-        new: list[State] = []
-        for i, (block, layer) in enumerate(zip(self.blocks, stack.layers, strict=True)):
-            if i not in layers:
-                new.append(layer)  # it never sees these nodes, which can only be rolled back
-                continue
-            x, layer = cast(Block, block).extend(x, ctx, layer)
-            new.append(layer)
-            if f"layer.{i}" in taps:
-                hidden[f"layer.{i}"] = x
+        x, tapped, stack = self.blocks.extend(x, ctx, stack, range(self.depth) if layers is None else layers, taps)
+        hidden |= {name: tapped[name] for name in taps if name in tapped}
         if "hidden" in taps:
             hidden["hidden"] = x
         wanted = None if need is None else need.unsqueeze(-1).expand(-1, -1, self.width)
@@ -188,12 +197,27 @@ class Decoder(nn.Module):
             logits = self.head(self.norm(x if wanted is None else x.gather(1, wanted)))
         if "logits" in taps:
             hidden["logits"] = logits
-        return Output(logits, self._checked(hidden, taps), StackState(new, slots))
+        return Output(logits, self._checked(hidden, taps), stack)
 
     def _block(self, layer: int) -> Block:
         mixers = self.config.mixers
         mixer = mixers[layer % len(mixers)].build(width=self.width, heads=self.config.query_heads, position=self.position)
         return Block(self.config, self.width, mixer)
+
+    def _heads(self, head: Any) -> nn.Module:
+        made: nn.Module = head.build(
+            width=self.width,
+            vocab=self.vocab,
+            trunk_depth=self.depth,
+            eps=self.config.eps,
+            make_block=lambda: self._block(self.depth - 1),
+        )
+        return made
+
+    def _begin(self, heads: nn.Module) -> None:
+        for part in heads.children():
+            if isinstance(part, Begins):
+                part.begin(self.head.weight)
 
     def _checked(self, hidden: dict[str, Tensor], taps: tuple[str, ...]) -> dict[str, Tensor]:
         for name in taps:
@@ -202,10 +226,10 @@ class Decoder(nn.Module):
                 raise ValueError(f"taps={name!r}: this model has no such activation; choose from {known}")
         return hidden
 
-    def _initialise(self) -> None:
+    def _initialise(self, part: nn.Module) -> None:
         """Normal weights, residual outputs shrunk by sqrt(2 depth) so that the residual keeps its scale (GPT-2)."""
         std, shrink = self.config.init_std, math.sqrt(2 * self.depth)
-        for name, module in self.named_modules():
+        for name, module in part.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std / shrink if name.endswith((".out", ".down")) else std)
                 if module.bias is not None:

@@ -67,11 +67,7 @@ def assemble(
     """
     if config.depth > len(stored):
         raise ValueError(f"{source}: {len(stored)} tensors for {config.depth} layers; the weights belong to another config")
-    with torch.device("meta"), _Undrawn():
-        try:
-            network = config.build()
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+    network = blank(config, source)
     check(named(network), stored, source)
     dtype = floating(stored) if dtype == "auto" else dtype_of(dtype)
     empty = {name: torch.empty(tensor.shape, dtype=dtype, device=device) for name, tensor in network.state_dict().items()}
@@ -80,6 +76,15 @@ def assemble(
         network.head.weight = network.embedding.weight
     fill(named(network), stored)
     return network
+
+
+def blank(config: DecoderConfig, source: str) -> Decoder:
+    """A decoder without memory: on the meta device, nothing drawn. Raises ValueError, naming `source`, for a bad config."""
+    with torch.device("meta"), _Undrawn():
+        try:
+            return config.build()
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
 
 @final

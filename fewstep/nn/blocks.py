@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.mixer_norm = norm(config.norm, width, config.eps)
         self.mlp_norm = norm(config.norm, width, config.eps)
         self.mlp = MLP(width, config.hidden, config.activation, config.mlp_bias)
-        self.packed: Any = None  # a packed.PackedBlock: `extend` as one call, where the parts allow it
+        self.packed: Any = None  # packed.PackedBlocks of this one: `extend` as one call, where the parts allow it
 
     def init_state(self, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         state: State = self.mixer.init_state(batch, capacity, device=device, dtype=dtype)
@@ -68,9 +68,9 @@ class Block(nn.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), aux
 
-    def extend(self, x: Tensor, ctx: Context, state: State) -> tuple[Tensor, State]:
-        if self.packed is not None and self.packed.takes(x, state):
-            return self.packed(x, ctx, state, self.mixer)
+    def extend(self, x: Tensor, ctx: Context, state: Any) -> tuple[Tensor, State]:
+        if self.packed is not None and self.packed.takes(x, ctx, state.caches):
+            return self.packed.extend(x, ctx, state)
         mixed, state = self.mixer.extend(self.mixer_norm(x), ctx, state)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state

@@ -3,9 +3,9 @@
 Both read the trunk and share its embedding and unembedding. This file knows neither the trunk nor how drafts are verified.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from pydantic import Field
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fewstep.core.mixer import Context, State
 from fewstep.core.recipe import Config
+from fewstep.nn.ahead import Embed, MakeBlock
 from fewstep.nn.blocks import Block, norm
-
-Embed = Callable[[Tensor], Tensor]
-MakeBlock = Callable[[], Block]
+from fewstep.nn.eagle import Eagle3HeadsConfig, EagleHeadsConfig
+from fewstep.nn.medusa import HydraHeadsConfig, MedusaHeadsConfig
 
 
 @final
@@ -29,7 +29,7 @@ class SequentialHeadsConfig(Config):
 
     depth: int = Field(default=3, ge=1, le=64)
 
-    def build(self, *, width: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "SequentialHeads":
+    def build(self, *, width: int, vocab: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "SequentialHeads":
         return SequentialHeads(self.depth, width, eps, make_block)
 
 
@@ -43,7 +43,7 @@ class ParallelHeadsConfig(Config):
 
     depth: int = Field(default=3, ge=1, le=64)
 
-    def build(self, *, width: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "ParallelHeads":
+    def build(self, *, width: int, vocab: int, trunk_depth: int, eps: float, make_block: MakeBlock) -> "ParallelHeads":
         if trunk_depth < 2:
             raise ValueError(
                 f"depth={trunk_depth}: parallel heads stand beside the trunk's last block; give the trunk at least 2"
@@ -65,17 +65,25 @@ class SequentialModule(nn.Module):
         self.proj = nn.Linear(2 * width, width, bias=False)
         self.block = block
         self.norm = norm("rms", width, eps)
+        self.packed: Any = None  # a packed.PackedJoin: `join` as one call, where the parts allow it
 
-    def join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """[B,T,D] x 2 -> the block's input [B,T,D]."""
+    def join(self, hidden: Tensor, embedded: Tensor, reads: Tensor | None = None) -> Tensor:
+        """The block's input [B,T,D] from `embedded` [B,T,D] and, of `hidden` [B,S,D], the entries `reads` [B,T] (None: all)."""
+        if self.packed is not None and self.packed.takes(embedded):
+            return cast(Tensor, self.packed(embedded, hidden, reads))
+        if reads is not None:
+            hidden = hidden.gather(1, reads.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         return self.proj(torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], -1))
 
     def forward(self, hidden: Tensor, embedded: Tensor, ctx: Context) -> Tensor:
         h, _ = self.block(self.join(hidden, embedded), ctx)
         return h
 
-    def extend(self, hidden: Tensor, embedded: Tensor, ctx: Context, state: State) -> tuple[Tensor, State]:
-        return self.block.extend(self.join(hidden, embedded), ctx, state)
+    def extend(
+        self, hidden: Tensor, embedded: Tensor, ctx: Context, state: State, reads: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One cached step over new positions; hidden, embedded and reads as in `join`."""
+        return self.block.extend(self.join(hidden, embedded, reads), ctx, state)
 
 
 @final
@@ -143,9 +151,22 @@ class ParallelHeads(nn.Module):
 def _cut(ctx: Context, count: int, k: int) -> Context:
     """The context of the first `count` positions for depth k; one whose token i+k is of another segment becomes padding."""
     segments = ctx.segments
+    assert ctx.positions is not None, "a parallel pass has no state to count positions"
     if segments is not None:
         segments = torch.where(segments[:, :count] == segments[:, k:], segments[:, :count], -1)
     return Context(ctx.positions[:, :count], segments=segments, mask=ctx.mask)
 
 
-HEADS: Mapping[str, type[Config]] = MappingProxyType({c.kind: c for c in (SequentialHeadsConfig, ParallelHeadsConfig)})
+HEADS: Mapping[str, type[Config]] = MappingProxyType(
+    {
+        c.kind: c
+        for c in (
+            SequentialHeadsConfig,
+            ParallelHeadsConfig,
+            MedusaHeadsConfig,
+            HydraHeadsConfig,
+            EagleHeadsConfig,
+            Eagle3HeadsConfig,
+        )
+    }
+)

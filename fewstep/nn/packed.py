@@ -1,17 +1,21 @@
 """Modules packed for decoding on a CPU: linear layers, norms, and blocks whose step is one call. This file knows no model."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.mixer import Context
+from fewstep.core.mixer import Causal, Context, Window
 from fewstep.core.position import NoPosition
 from fewstep.nn import kernels
 from fewstep.nn.blocks import Block
+from fewstep.nn.heads import SequentialHeads, SequentialModule
 from fewstep.nn.mixers.attention import Attention, AttentionState, few
 from fewstep.nn.position import Rope
+from fewstep.nn.slots import Slots
+from fewstep.nn.stack import Stack
 
 
 class PackedModule(nn.Module):
@@ -92,34 +96,114 @@ class PackedNorm(PackedModule):
 
 
 @final
-class PackedBlock(PackedModule):
-    """`Block.extend` of a few tokens as one call of the kernel; it shares the weights of the block's packed modules.
+class PackedBlocks(PackedModule):
+    """`extend` of a few tokens through blocks, one after another, as one call of the kernel.
 
-    `ctx.shared` key: ("block", position, slots in use, id of the mask), the kernel's view of the call.
+    It shares the weights of the blocks' packed modules. `ctx.shared` key: ("scene", slot table), the kernel's view of the call.
     """
 
-    def __init__(self, parts: kernels.Parts, nbytes: int) -> None:
+    def __init__(self, parts: Sequence[kernels.Parts], rope: Rope | None, nbytes: int) -> None:
+        """`rope` turns the queries and keys of every block (None: nothing does)."""
         super().__init__()
-        self._step, self._nbytes = kernels.BlockStep(parts), nbytes
+        self.parts = tuple(parts)
+        self.steps, self._nbytes = kernels.Steps(self.parts), nbytes
+        self._rope = (rope,)  # in a tuple: the module that owns it is another
 
     @property
     def nbytes(self) -> int:
         return self._nbytes
 
-    def takes(self, x: Tensor, state: AttentionState) -> bool:
+    @property
+    def rope(self) -> Rope | None:
+        """What turns queries and keys."""
+        return self._rope[0]
+
+    def takes(self, x: Tensor, ctx: Context, caches: kernels.Caches | None) -> bool:
         """Whether the call is one for the kernel. Depends on no other row of the batch."""
-        dtype, cache = self._step.dtype, state.cache
-        fits = x.dtype == dtype and cache.dtype == dtype and not cache.requires_grad
+        fits = caches is not None and x.dtype == self.steps.dtype == caches.dtype and isinstance(ctx.mask, Causal | Window)
         return fits and few(x, x.shape[1]) and not torch.compiler.is_compiling()
 
-    def forward(self, x: Tensor, ctx: Context, state: AttentionState, mixer: Attention) -> tuple[Tensor, AttentionState]:
-        state, visible = mixer.reserve(ctx, state, x.shape[1])
-        key = ("block", mixer.position, state.slots.end, id(visible))
+    def forward(
+        self, x: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """x [B,T,D], the last pending nodes of `slots`, through blocks first .. last-1; keys and values go to `caches`."""
+        key = ("scene", slots)
         if key not in ctx.shared:
-            position, (batch, count, _) = mixer.position, x.shape
-            turn = position.shared_table(ctx.positions, x.dtype, ctx.shared) if isinstance(position, Rope) else None
-            ctx.shared[key] = kernels.Scene(batch, count, state.slots.end, visible, turn)
-        return self._step(x, state.cache, ctx.shared[key]), state
+            ctx.shared[key] = self._scene(x, ctx, slots)
+        return self.steps(x, caches, ctx.shared[key], first, last)
+
+    def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """`Block.extend` where the blocks are one."""
+        state = state.reserve(ctx.parent, x.shape[1])
+        assert state.caches is not None
+        return self(x, ctx, state.caches, state.slots), state
+
+    def _scene(self, x: Tensor, ctx: Context, slots: Slots) -> kernels.Scene:
+        rope, turn = self.rope, None
+        if rope is not None:
+            count = slots.end if ctx.positions is None else int(ctx.positions.max()) + 1
+            turn = rope.rows(count, x.device, x.dtype)
+        window = ctx.mask.size if isinstance(ctx.mask, Window) else None
+        return kernels.Scene(x.shape[1], slots.base, slots.pending, slots.lengths, slots.parent, ctx.positions, turn, window)
+
+
+@final
+class PackedJoin(PackedModule):
+    """`SequentialModule.join` of a few positions as one call of the kernel; it shares the weights of the packed modules."""
+
+    def __init__(self, join: kernels.Join, nbytes: int) -> None:
+        super().__init__()
+        self.join, self._nbytes = join, nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the call is one for the kernel. Depends on no other row of the batch."""
+        return x.dtype == self.join.layer.dtype and few(x, x.shape[1]) and not torch.compiler.is_compiling()
+
+    def forward(self, embedded: Tensor, hidden: Tensor, reads: Tensor | None) -> Tensor:
+        return self.join(embedded, hidden, reads)
+
+
+@final
+class PackedModules(PackedModule):
+    """A greedy draft with sequential modules as one call of the kernel; it shares the weights of the packed modules."""
+
+    def __init__(self, modules: kernels.Modules, rope: Rope | None, nbytes: int) -> None:
+        super().__init__()
+        self.draft, self._rope, self._nbytes = modules, (rope,), nbytes  # in a tuple: the module that owns it is another
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the call is one for the kernel. Depends on no other row of the batch."""
+        return x.dtype == self.draft.dtype and few(x, x.shape[1]) and not torch.compiler.is_compiling()
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        count: Tensor,
+        states: Sequence[AttentionState],
+        carry: Sequence[Tensor],
+        branching: tuple[int, ...],
+        budget: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `kernels.Modules`, over the modules' `states`; `carry` [B,1,D] is theirs but for the first."""
+        seats = []
+        for state, before in zip(states, (None, *carry), strict=True):
+            assert state.caches is not None, "it was made where kernels are in use"
+            before = None if before is None else before.contiguous()
+            seats.append(kernels.Seat(state.caches, state.slots.lengths, state.slots.base, before))
+        turn, rope = None, self._rope[0]
+        if rope is not None:
+            room = hidden.shape[1] + len(branching)
+            turn = rope.rows(max(seat.base for seat in seats) + room, hidden.device, hidden.dtype)
+        return self.draft(hidden, tokens, count, seats, branching, budget, turn)
 
 
 def pack(module: nn.Module) -> nn.Module:
@@ -136,9 +220,14 @@ def pack(module: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if (packed := _packed(child, shared)) is not None:
                 setattr(parent, name, packed)
-    for block in list(module.modules()):
-        if isinstance(block, Block):
-            block.packed = _packed_block(block)
+    for part in list(module.modules()):
+        if isinstance(part, Block):
+            part.packed = _packed_blocks([part])
+    for part in list(module.modules()):
+        if isinstance(part, Stack):
+            part.packed = _packed_blocks(list(part))
+        elif isinstance(part, SequentialModule):
+            part.packed = _packed_join(part)
     return module
 
 
@@ -153,8 +242,45 @@ def _packed(module: nn.Module, shared: set[int]) -> PackedModule | None:
     return PackedNorm(weight, module.eps) if weight.ndim == 1 and module.eps is not None else None
 
 
-def _packed_block(block: Block) -> PackedBlock | None:
-    """The block's one-call step, None where the kernel cannot take a part of it."""
+def _packed_blocks(blocks: Sequence[nn.Module]) -> PackedBlocks | None:
+    """The blocks' one-call step, None where the kernel cannot take a part of it."""
+    listed = [block for block in blocks if isinstance(block, Block)]
+    parts = [part for part in map(_parts, listed) if part is not None]
+    kinds = {(part.qkv.dtype, part.qkv.shape[1], id(block.mixer.position)) for part, block in zip(parts, listed, strict=False)}
+    if len(parts) < len(blocks) or len(kinds) != 1:
+        return None
+    position = listed[0].mixer.position
+    read = [part.nbytes for block in blocks for part in block.modules() if isinstance(part, PackedLinear | PackedNorm)]
+    return PackedBlocks(parts, position if isinstance(position, Rope) else None, sum(read))
+
+
+def _packed_join(module: SequentialModule) -> PackedJoin | None:
+    layer, first, second = module.get_submodule("proj"), module.get_submodule("embed_norm"), module.get_submodule("hidden_norm")
+    if isinstance(layer, PackedLinear) and isinstance(first, PackedNorm) and isinstance(second, PackedNorm):
+        read = layer.nbytes + first.nbytes + second.nbytes
+        return PackedJoin(kernels.Join(layer.packed, first.gain, second.gain), read)
+    return None
+
+
+def packed_modules(heads: SequentialHeads, depth: int, embedding: nn.Module, head: nn.Module) -> PackedModules | None:
+    """The call that drafts with the first `depth` modules between the ends of their packed model; None where no kernel can."""
+    stages = [heads.module(k) for k in range(1, depth + 1)]
+    made = [
+        kernels.Module(stage.packed.join, stage.block.packed.steps, stage.norm.gain)
+        for stage in stages
+        if stage.packed is not None and stage.block.packed is not None and isinstance(stage.norm, PackedNorm)
+    ]
+    if len(made) < len(stages) or not isinstance(embedding, nn.Embedding) or not isinstance(head, PackedLinear):
+        return None
+    table = embedding.weight.detach()
+    if table.dtype != head.packed.dtype or not table.is_contiguous():
+        return None
+    read = sum(stage.packed.nbytes + stage.block.packed.nbytes + head.nbytes for stage in stages)
+    norms = sum(stage.norm.nbytes for stage in stages if isinstance(stage.norm, PackedNorm))
+    return PackedModules(kernels.Modules(made, table, head.packed), stages[0].block.packed.rope, read + norms)
+
+
+def _parts(block: Block) -> kernels.Parts | None:
     mixer, mlp = block.mixer, block.mlp
     if not isinstance(mixer, Attention) or not (isinstance(mixer.position, Rope) or type(mixer.position) is NoPosition):
         return None
@@ -168,7 +294,7 @@ def _packed_block(block: Block) -> PackedBlock | None:
     qkv, out, up, down = (layer.packed for layer in layers)
     before_mixer, before_mlp, q_norm, k_norm = gains
     assert before_mixer is not None and before_mlp is not None
-    heads, kv_heads = mixer.heads, mixer.kv_heads
-    parts = kernels.Parts(qkv, out, up, down, before_mixer, before_mlp, q_norm, k_norm, heads, kv_heads, mlp.gated)
-    read = [part.nbytes for part in (*linears, *norms) if isinstance(part, PackedModule)]
-    return PackedBlock(parts, sum(read))
+    window = mixer.config.window
+    return kernels.Parts(
+        qkv, out, up, down, before_mixer, before_mlp, q_norm, k_norm, mixer.heads, mixer.kv_heads, mlp.gated, window
+    )

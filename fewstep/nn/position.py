@@ -63,6 +63,7 @@ class Rope(NoPosition):
         self.config = config
         self.head_width = head_width
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._rows: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[E/2] radians per position; made once per device and dtype."""
@@ -90,19 +91,23 @@ class Rope(NoPosition):
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
+    def rows(self, count: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [R,E] of the positions 0 .. R-1, at least `count` of them; kept, and doubled when they are too few."""
+        rows = self._rows.get((device, dtype))
+        if rows is None or rows[0].shape[0] < count:
+            size = 1 << max(8, (count - 1).bit_length())
+            cos, sin = self.table(torch.arange(size, device=device).unsqueeze(0), dtype)
+            rows = self._rows[device, dtype] = cos[0, 0], sin[0, 0]
+        return rows
+
     def rotate(self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         if k_pos is not q_pos:
             return turn(q, *self.table(q_pos, q.dtype)), turn(k, *self.table(k_pos, k.dtype))
-        table = self.shared_table(q_pos, q.dtype, shared)
-        return turn(q, *table), turn(k, *table)
-
-    def shared_table(self, positions: Tensor, dtype: torch.dtype, shared: Shared) -> tuple[Tensor, Tensor]:
-        """The table of a call's own positions, made by the first layer that asks."""
         key = ("rope", self.config, self.head_width)
         if key not in shared:
-            shared[key] = self.table(positions, dtype)
+            shared[key] = self.table(q_pos, q.dtype)
         table: tuple[Tensor, Tensor] = shared[key]
-        return table
+        return turn(q, *table), turn(k, *table)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ and rejecting is free; committing copies the kept nodes down to each row's own e
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ class Moves:
 class Slots:
     """An immutable slot table: `lengths` [B] committed tokens, `pending` nodes from slot `base` on, their `parent` [B,P].
 
-    `parent` None means a chain without padding. Every transition is a pure function; the last result is remembered per
-    argument, so that the layers of a stack, which make the same transition one after another, share one new table.
+    `parent` None means a chain without padding; `uniform`: all rows have `base` tokens. Every transition is a pure function; the
+    last result is remembered per argument, so that the layers of a stack, which make the same transition one after another,
+    share one new table.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Slots:
         self.lengths, self.capacity, self.base, self.uniform = lengths, capacity, base, uniform
         self.pending, self.parent = pending, parent
         self._last: tuple[tuple[Any, ...], Any] | None = None
+        self._moved: tuple[tuple[Any, ...], Moves | None] | None = None
 
     @classmethod
     def empty(cls, batch: int, capacity: int, device: torch.device | str) -> "Slots":
@@ -61,9 +63,15 @@ class Slots:
         """`count` more pending nodes with `parent` [B,count] (None: a chain). Raises ValueError over capacity."""
         return self._remember(("extend", parent, count), lambda: self._extend(parent, count))
 
-    def commit(self, path: Tensor, keep: Tensor) -> tuple["Slots", Moves | None]:
-        """The table after keeping `keep[b]` nodes of `path`, and the copies that this takes (None: every node is in place)."""
+    def commit(self, path: Tensor, keep: Tensor) -> "Slots":
+        """The table after keeping `keep[b]` nodes of `path`; the caches owe it `moves`."""
         return self._remember(("commit", path, keep), lambda: self._commit(path, keep))
+
+    def moves(self, path: Tensor, keep: Tensor) -> Moves | None:
+        """The copies that committing takes in a cache; None: every node is in place."""
+        if self._moved is None or not _same(self._moved[0], (path, keep)):
+            self._moved = ((path, keep), self._moves(path, keep))
+        return self._moved[1]
 
     def rollback(self) -> "Slots":
         return self._remember(("rollback",), lambda: Slots(self.lengths, self.capacity, self.base, self.uniform))
@@ -76,23 +84,31 @@ class Slots:
         return self._remember(("join", other), lambda: self._join(other))
 
     @cached_property
+    def chain(self) -> bool:
+        """Whether the pending nodes of every row are one branch without padding."""
+        if self.parent is None:
+            return True
+        order = torch.arange(-1, self.pending - 1, device=self.parent.device)
+        return torch.equal(self.parent, order.expand_as(self.parent))
+
+    @cached_property
     def reach(self) -> Tensor:
         """[B,P,P] bool: which pending nodes each pending node sees."""
-        if self.parent is None:
-            chain = torch.ones(self.pending, self.pending, dtype=torch.bool, device=self.lengths.device).tril()
-            return chain.expand(self.lengths.shape[0], -1, -1)
-        return ancestors(self.parent)
+        if not self.chain:
+            return ancestors(cast(Tensor, self.parent))
+        chain = torch.ones(self.pending, self.pending, dtype=torch.bool, device=self.lengths.device).tril()
+        return chain.expand(self.lengths.shape[0], -1, -1)
 
     @cached_property
     def index(self) -> Tensor:
         """[B,P] the sequence index of each pending node: committed length + depth in the tree."""
-        if self.parent is None:
-            return self.lengths[:, None] + torch.arange(self.pending, device=self.lengths.device)
-        return self.lengths[:, None] + depths(self.parent)
+        if not self.chain:
+            return self.lengths[:, None] + depths(cast(Tensor, self.parent))
+        return self.lengths[:, None] + torch.arange(self.pending, device=self.lengths.device)
 
     def visible(self, count: int, window: int | None) -> Tensor | None:
         """[B,1,count,end] bool for the last `count` pending nodes over all slots; None: they see everything."""
-        if self.uniform and self.parent is None and count == 1 and (window is None or self.end <= window):
+        if self.uniform and count == 1 and self.chain and (window is None or self.end <= window):
             return None
         device = self.lengths.device
         slot = torch.arange(self.base, device=device)
@@ -113,32 +129,28 @@ class Slots:
             raise ValueError(
                 f"capacity={self.capacity}: {self.end} slots in use, {count} more asked for; make a state of larger capacity"
             )
-        first = torch.arange(self.pending - 1, self.pending + count - 1, device=self.lengths.device)
-        if self.parent is None and (parent is None or bool((parent == first).all())):
-            return Slots(self.lengths, self.capacity, self.base, self.uniform, self.pending + count)
-        batch = self.lengths.shape[0]
-        earlier = (
-            torch.arange(-1, self.pending - 1, device=self.lengths.device).expand(batch, -1)
-            if self.parent is None
-            else self.parent
-        )
-        parent = first.expand(batch, -1) if parent is None else parent
-        return Slots(self.lengths, self.capacity, self.base, self.uniform, self.pending + count, torch.cat([earlier, parent], 1))
+        pending = self.pending + count
+        if self.pending and not (self.parent is None and parent is None):
+            order = torch.arange(-1, pending - 1, device=self.lengths.device).expand(self.lengths.shape[0], -1)
+            earlier = order[:, : self.pending] if self.parent is None else self.parent
+            parent = torch.cat([earlier, order[:, self.pending :] if parent is None else parent], 1)
+        return Slots(self.lengths, self.capacity, self.base, self.uniform, pending, parent)
 
-    def _commit(self, path: Tensor, keep: Tensor) -> tuple["Slots", Moves | None]:
-        lengths = self.lengths + keep
-        most, least = int(keep.max()), int(keep.min())
-        uniform = self.uniform and most == least
-        base = self.base + most if uniform else int(lengths.max())
-        order = torch.arange(most, device=path.device)
-        path = path[:, :most]
+    def _commit(self, path: Tensor, keep: Tensor) -> "Slots":
+        counts = keep.tolist()
+        lengths, uniform = self.lengths + keep, self.uniform and min(counts) == max(counts)
+        base = self.base + counts[0] if uniform else int(lengths.max())
+        return Slots(lengths, self.capacity, base, uniform)
+
+    def _moves(self, path: Tensor, keep: Tensor) -> Moves | None:
+        most = int(keep.max())
+        order, path = torch.arange(most, device=path.device), path[:, :most]
         kept = order < keep[:, None]
-        moves = None
-        if not self.uniform or bool(((path != order) & kept).any()):
-            source = self.base + torch.where(kept, path, path[:, :1])
-            target = torch.where(kept, self.lengths[:, None] + order, self.lengths[:, None])
-            moves = Moves(source, target)  # a row that keeps nothing writes one slot beyond its end
-        return Slots(lengths, self.capacity, base, uniform), moves if most else None
+        if not most or (self.uniform and not bool(((path != order) & kept).any())):
+            return None
+        source = self.base + torch.where(kept, path, path[:, :1])
+        target = torch.where(kept, self.lengths[:, None] + order, self.lengths[:, None])
+        return Moves(source, target)  # a row that keeps nothing writes one slot beyond its end
 
     def _fork(self, rows: Tensor) -> "Slots":
         lengths = self.lengths[rows]

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from fewstep.core.recipe import Config, Recipe, suggestion
 from fewstep.models.model import MODELS
+from fewstep.recipes.drafting import DrafterConfig
 from fewstep.training.data import DATA, TOKENIZERS
 from fewstep.training.objectives import OBJECTIVES
 from fewstep.training.optim import OPTIMS
@@ -13,9 +14,11 @@ from fewstep.training.plan import BUDGETS, RUNS
 from fewstep.training.precision import PRECISIONS
 from fewstep.training.schedule import SCHEDULES
 
+NETWORKS: Mapping[str, type[Config]] = MappingProxyType({**MODELS, DrafterConfig.kind: DrafterConfig})
+
 SECTIONS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
     {
-        "model": MODELS,
+        "model": NETWORKS,
         "tokenizer": TOKENIZERS,
         "data": DATA,
         "objective": OBJECTIVES,

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, final
@@ -16,7 +16,9 @@ from fewstep.core.recipe import Recipe
 from fewstep.models.decoder import Decoder
 from fewstep.models.model import Model
 from fewstep.recipes import load_recipe
-from fewstep.training.data import Dataset, prepare
+from fewstep.recipes.drafting import corpus_of, finish, open_target
+from fewstep.text.tokenizer import Tokenizer
+from fewstep.training.data import BPEConfig, DataConfig, Dataset, prepare
 from fewstep.training.plan import Plan
 from fewstep.training.trainer import Summary, Trainer, Validation
 
@@ -48,7 +50,8 @@ def train(
     """Train what `recipe` (a shipped name, a file or a loaded recipe) describes, in the run folder `directory`.
 
     The folder (default runs/NAME) holds the recipe, the log, the checkpoints and their cost; `resume` goes on from the last
-    checkpoint, bit for bit. Raises ValueError for a bad recipe, empty data, a folder in use or a full disk; Diverged when the
+    checkpoint, bit for bit. Heads for a finished model (model.kind "drafter") end in the folder itself, beside the report of
+    their acceptance. Raises ValueError for a bad recipe, empty data, a folder in use or a full disk; Diverged when the
     loss does.
     """
     if not isinstance(recipe, Recipe):
@@ -59,11 +62,13 @@ def train(
     directory = Path(directory or Path("runs") / recipe.name)
     sections = cast(Any, recipe)
     plan = Plan.of(recipe)
-    dataset = prepare(sections["data"], sections["tokenizer"], _data_directory(recipe), console.print)
-    network = build_network(recipe, dataset, plan.run.seed).to(device)
+    target = open_target(recipe, device, plan.run.seed)
+    dataset = _prepared(recipe, target, console.print)
+    network = build_network(recipe, dataset, plan.run.seed).to(device) if target is None else target.network
+    objective = sections["objective"].build()
     trainer = Trainer(
         network,
-        sections["objective"].build(),
+        objective,
         dataset.train(plan.run.batch, plan.run.length, plan.run.seed),
         plan,
         directory,
@@ -72,7 +77,11 @@ def train(
         console=console,
     )
     summary = trainer.run(resume)
-    return Trained(Model.load(summary.checkpoint, device), summary, directory)
+    if target is None:
+        return Trained(Model.load(summary.checkpoint, device), summary, directory)
+    if not summary.interrupted:
+        target = finish(target, recipe, objective, dataset, summary.checkpoint, directory, console)
+    return Trained(target, summary, directory)
 
 
 def build_network(recipe: Recipe, dataset: Dataset, seed: int) -> Decoder:
@@ -98,7 +107,15 @@ class _HeldOut:
         return self._dataset.validation(self._batch, self._length)
 
 
-def _data_directory(recipe: Recipe) -> Path:
+def _prepared(recipe: Recipe, target: Model | None, say: Callable[[str], None]) -> Dataset:
+    """The recipe's data in its tokenizer's tokens, or in the target's."""
+    data = corpus_of(recipe["data"], target, cache_directory(), say)
+    tokenizer = cast(BPEConfig, recipe["tokenizer"]) if target is None else cast(Tokenizer, target.tokenizer)
+    return prepare(data, tokenizer, _data_directory(data, tokenizer), say)
+
+
+def _data_directory(data: DataConfig, tokenizer: BPEConfig | Tokenizer) -> Path:
     """One folder per source, tokenizer and Python version, so that runs of one recipe share their tokens."""
-    content = f"{recipe['data'].model_dump_json()}{recipe['tokenizer'].model_dump_json()}{sys.version}"
+    words = tokenizer.hash if isinstance(tokenizer, Tokenizer) else tokenizer.model_dump_json()
+    content = f"{data.model_dump_json()}{words}{sys.version}"
     return cache_directory() / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]

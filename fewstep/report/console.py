@@ -14,7 +14,7 @@ from fewstep.core.event import Cost
 from fewstep.core.recipe import parse
 from fewstep.decode.narrate import Piece
 from fewstep.decode.text import Generation, GenerationConfig, pick_drafter
-from fewstep.hub.load import load
+from fewstep.hub.heads import companion
 from fewstep.models.model import Model
 
 DRAFTED, COMPUTED = "green", "default"
@@ -49,9 +49,7 @@ def print_generation(
     Raises ValueError for a bad option, an unknown drafter, or a prompt that does not fit.
     """
     config = parse(GenerationConfig, options)
-    chosen: Drafter = pick_drafter(
-        model, drafter, lambda path: load(path, device=str(model.device), dtype=model.dtype).network, drafting
-    )
+    chosen: Drafter = pick_drafter(model, drafter, companion(model), drafting)
     generation = Generation(model, prompt, chosen, config)
     out = Console(highlight=False, soft_wrap=True)
     if config.samples == 1:

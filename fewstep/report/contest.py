@@ -14,7 +14,8 @@ from pydantic import Field
 from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost
 from fewstep.core.model import Target
-from fewstep.core.recipe import Config, suggestion
+from fewstep.core.recipe import Config, parse, suggestion
+from fewstep.decode.drafters import DRAFTERS
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.mtp import MultiTokenConfig
@@ -123,8 +124,8 @@ def entrants(target: Target, names: Sequence[str] = ()) -> dict[str, DrafterConf
     for name in names:
         kind, _, path = name.partition("=")
         found = {key: config for key, config in known.items() if name in (key, config.kind)}
-        if kind == DraftModelConfig.kind:
-            found = {"draft model": DraftModelConfig(path=path)}
+        if path and kind in DRAFTERS:
+            found = {kind.replace("_", " "): parse(DRAFTERS[kind], {"path": path}, "drafters")}
         if not found:
             next_move = suggestion(name, [*known, f"{DraftModelConfig.kind}=PATH"])
             raise ValueError(f"drafters={name!r}: this model cannot run with it; {next_move}")
@@ -139,6 +140,7 @@ def _known(target: Target) -> dict[str, DrafterConfig]:
         found["mtp chain"] = MultiTokenConfig()
         for tree in dict.fromkeys(tree[: heads.depth] for tree in _TREES):
             found[f"mtp tree {'-'.join(map(str, tree))}"] = MultiTokenConfig(branching=tree)
+    found |= {kind: DRAFTERS[kind]() for kind in target.heads if kind in DRAFTERS and kind != "mtp"}
     return found
 
 

@@ -20,6 +20,7 @@ from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost
 from fewstep.decode.generate import Completion
 from fewstep.decode.text import Generation, GenerationConfig, pick_drafter
+from fewstep.hub.heads import companion
 from fewstep.hub.load import load
 from fewstep.models.model import Model
 from fewstep.report.console import COMPUTED, DRAFTED, styled
@@ -46,7 +47,7 @@ def demonstrate(
 def completions(model: Model, prompts: Sequence[Prompt], console: Console) -> bool:
     """Complete `prompts` side by side and say what it took; whether all texts came out identical."""
     drafters = {"plain": "silent", "speculative": "auto"}
-    built = {title: pick_drafter(model, name, lambda path: load(path).network) for title, name in drafters.items()}
+    built = {title: pick_drafter(model, name, companion(model)) for title, name in drafters.items()}
     config = GenerationConfig(max_new_tokens=_TOKENS, ignore_eos=True)
     for drafter in built.values():  # warm up
         list(Generation(model, prompts[0].prompt, drafter, GenerationConfig(max_new_tokens=8)))

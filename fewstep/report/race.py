@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.hub.heads import companion
 from fewstep.hub.load import load
 from fewstep.models.model import Model
 from fewstep.report.contest import PLAIN, Contestant, Ours, RaceConfig, Record, compete, entrants
@@ -121,8 +123,7 @@ def race_decode(
     ids = [model.tokenizer.encode(prompt.prompt) for prompt in prompts[: config.count]]
     with tempfile.TemporaryDirectory() as exports:
         ours = [
-            Ours(key, model.network, drafter.build(model.network, lambda path: _like(model, path).network), config)
-            for key, drafter in chosen.items()
+            Ours(key, model.network, drafter.build(model.network, companion(model)), config) for key, drafter in chosen.items()
         ]
         draft = next((drafter.path for drafter in chosen.values() if isinstance(drafter, DraftModelConfig)), None)
         peers, notes = _peers(model, draft, config, Path(exports))
@@ -262,19 +263,20 @@ def _table(race: Mapping[str, Any]) -> Table:
     title = f"{setting['model']}: {setting['count']} prompts x {setting['max_new_tokens']} tokens, {law}, {setting['dtype']}"
     bound = f"a call reads {machine['weight_bytes'] / 1e6:.1f} MB: at least {1e3 * machine['bound_seconds']:.2f} ms from memory"
     caption = f"{bound} at {machine['bandwidth'] / 1e9:.1f} GB/s; measured {1e3 * machine['call_seconds']['1']:.2f} ms per call"
-    table = Table(title=title, caption=caption)
-    for column in ("", "tokens/call", "drafts/call", "tokens/s", "over plain", "identical", "log2 p/token", "draft cost"):
-        table.add_column(column, justify="left" if not column else "right")
+    judged = "identical" if not setting["temperature"] else "log2 p/token"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("", min_width=14)
+    for column in ("tokens/call", "tokens/s", "over plain", judged, "draft"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in race["entries"]:
         speed, ratio, draft = row["tokens_per_second"], row["speed_over_plain"], row["draft"]
+        same = row["identical"]
         table.add_row(
             row["name"] if row["library"] == "fewstep" else f"{row['library']} {row['name']}",
             f"{row['tokens_per_call']:.2f}",
-            f"{row['draft_calls_per_call']:.2f}",
-            f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})",
+            f"{speed['median']:.0f}",
             f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
-            "-" if row["identical"] is None else f"{row['identical']}/{setting['count']}",
-            f"{row['quality']['mean']:.3f}",
+            f"{row['quality']['mean']:.3f}" if same is None else f"{same}/{setting['count']}",
             "-" if draft is None else f"{draft['time_ratio']:.2f}",
         )
     return table

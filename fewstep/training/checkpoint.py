@@ -117,11 +117,15 @@ def read(path: Path) -> Checkpoint:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state of `model` by name, tied tensors once, under their first name."""
+    """The state of `model` by name, tied tensors once, under their first name; frozen parameters are left out.
+
+    What is not trained stays where it came from: heads beside a large trunk make small checkpoints.
+    """
     seen: set[int] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if id(tensor) not in seen and not frozen:
             seen.add(id(tensor))
             unique[name] = tensor.detach()
     return unique

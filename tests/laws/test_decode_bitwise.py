@@ -10,8 +10,11 @@ from test_decode_mtp import prompts_of
 from fewstep.core.recipe import parse
 from fewstep.decode.drafters import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.decode.drafters.early_exit import EarlyExitConfig
+from fewstep.decode.drafters.lookahead import LookaheadConfig
 from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.drafters.ngram import NgramConfig
+from fewstep.decode.drafters.retrieval import RetrievalConfig
 from fewstep.decode.drafters.silent import SilentConfig
 from fewstep.decode.generate import Completion, decode
 from fewstep.decode.stream import Settings
@@ -30,6 +33,9 @@ DRAFTERS: Mapping[str, DrafterConfig] = {
     "draft-tree": DraftModelConfig(path="near", branching=(3, 2, 1)),
     "mtp-chain": MultiTokenConfig(),
     "mtp-tree": MultiTokenConfig(branching=(3, 2, 1)),
+    "retrieval": RetrievalConfig(),
+    "lookahead": LookaheadConfig(window=2, ngram=3),
+    "exit-tree": EarlyExitConfig(layers=1, branching=(2, 1, 1)),
 }
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "grouped": {"mixers": [{"kind": "attention", "kv_heads": 1}], "heads": [{"kind": "mtp_sequential"}]},

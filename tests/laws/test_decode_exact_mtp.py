@@ -67,13 +67,13 @@ def drawn(target: Decoder, drafter: Any, config: SamplingConfig, first: int, cou
 
 
 class Overheard:
-    """A handle that writes down the laws that a drafter asks for."""
+    """A handle that is its own law and writes down what a drafter asks of it."""
 
     def __init__(self, handle: Handle) -> None:
-        self.handle, self.target = handle, handle.target
+        self.handle, self.target, self.law, self.greedy = handle, handle.target, self, handle.law.greedy
         self.laws: list[Tensor] = []
 
-    def law(self, logits: Tensor, tree: Tree, nodes: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, tree: Tree, nodes: Tensor) -> Tensor:
         self.laws.append(self.handle.law(logits, tree, nodes))
         return self.laws[-1]
 

@@ -10,7 +10,10 @@ from fewstep.core.event import Cost
 from fewstep.core.mixer import Tree
 from fewstep.core.random import CounterRng
 from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.decode.drafters.early_exit import EarlyExitConfig
+from fewstep.decode.drafters.lookahead import LookaheadConfig
 from fewstep.decode.drafters.ngram import NgramConfig
+from fewstep.decode.drafters.retrieval import RetrievalConfig
 from fewstep.decode.drafters.silent import Silent
 from fewstep.decode.laws import Sampling, SamplingConfig
 from fewstep.decode.stream import Settings, stream
@@ -23,6 +26,10 @@ DRAFTERS = {
     "draft-chain": DraftModelConfig(path="toy", branching=(1, 1, 1, 1)),
     "draft-tree": DraftModelConfig(path="toy", branching=(3, 2, 1)),
     "draft-tree-chosen": DraftModelConfig(path="toy", branching=(2, 2, 2), mode="chosen"),
+    "retrieval": RetrievalConfig(depth=6),
+    "lookahead": LookaheadConfig(window=3, ngram=3),
+    "exit-chain": EarlyExitConfig(),
+    "exit-tree": EarlyExitConfig(branching=(2, 2), confidence=0.3),
 }
 GREEDY = SamplingConfig()
 PENALISED = SamplingConfig(repetition_penalty=1.7)

@@ -12,14 +12,25 @@ from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import CounterRng
 from fewstep.models.decoder import Decoder
 from fewstep.nn.heads import ParallelHeadsConfig, SequentialHeads, SequentialHeadsConfig
+from fewstep.nn.medusa import FreeHeads, HydraHeadsConfig, MedusaHeads, MedusaHeadsConfig
 from fewstep.training.objectives import OBJECTIVES
-from fewstep.training.objectives.multi_token import MultiTokenConfig
+from fewstep.training.objectives.early_exit import LayerSkipConfig
+from fewstep.training.objectives.multi_token import HydraConfig, MedusaConfig, MultiTokenConfig
 from fewstep.training.objectives.next_token import NextTokenConfig
 
 SEQUENTIAL = {"heads": (SequentialHeadsConfig(depth=3),)}
 PARALLEL = {"heads": (ParallelHeadsConfig(depth=3),), "tied": False}
+MEDUSA = {"heads": (MedusaHeadsConfig(depth=3, layers=2),), "tied": False}
+HYDRA = {"heads": (HydraHeadsConfig(depth=3, unembedding="shared"),)}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    **{kind: (config(), SEQUENTIAL) for kind, config in OBJECTIVES.items()},
+    "next_token": (NextTokenConfig(), SEQUENTIAL),
+    "mtp": (MultiTokenConfig(), SEQUENTIAL),
+    "medusa": (MedusaConfig(trunk="joint", warmup=0), MEDUSA),
+    "hydra": (HydraConfig(trunk="joint", warmup=0, decay=0.5), HYDRA),
+    "medusa-frozen": (MedusaConfig(), MEDUSA),
+    "medusa-distilled-frozen": (MedusaConfig(distil=True), MEDUSA),
+    "hydra-frozen": (HydraConfig(), HYDRA),
+    "layerskip": (LayerSkipConfig(scale=0.6, every=2), {"depth": 4}),
     "next_token-untied": (NextTokenConfig(), {"tied": False}),
     "mtp-parallel": (MultiTokenConfig(weight=3.0), PARALLEL),
     "mtp-frozen": (MultiTokenConfig(trunk="frozen"), SEQUENTIAL),
@@ -57,13 +68,15 @@ def surprise(network: Decoder, h: Tensor, token: Tensor) -> Tensor:
 
 def reference(network: Decoder, batch: Batch, config: Any) -> Tensor:
     """L = (sum of next-token surprises + weight / D sum over heads) / next tokens, sequence by sequence and token by token."""
+    if isinstance(config, LayerSkipConfig):
+        return exits(network, batch, config)
     count, first, ahead = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    heads: Any = network.heads.get("mtp")
+    heads: Any = next(iter(network.heads.values()), None)
     for tokens in sequences(batch):
         encoded = network(tokens[None], taps=("layer.0",))
         for i in range(len(tokens) - 1):
             first, count = first + surprise(network, encoded.final[0, i], tokens[i + 1]), count + 1
-        if not isinstance(config, MultiTokenConfig):
+        if isinstance(config, NextTokenConfig):
             continue
         h = encoded.final
         for k in range(1, min(heads.depth, len(tokens) - 1) + 1):
@@ -73,14 +86,58 @@ def reference(network: Decoder, batch: Batch, config: Any) -> Tensor:
                 joined = torch.cat([module.embed_norm(later), module.hidden_norm(h[0, : len(tokens) - k])], -1)
                 h = network_block(module.block, joined @ module.proj.weight.T)
                 normed = module.norm(h)
+            elif isinstance(heads, FreeHeads):
+                for i in range(len(tokens) - k - 1):
+                    found = free_surprise(network, heads, config, encoded.final[0], tokens, i, k)
+                    ahead = ahead + weight(config, k, heads.depth) * found
+                continue
             else:
                 normed = heads.norms[k - 1](network_block(heads.blocks[k - 1], encoded.hidden["layer.0"][0]))
             for i in range(len(tokens) - k - 1):
-                ahead = ahead + surprise(network, normed[0, i], tokens[i + k + 1])
-    if not isinstance(config, MultiTokenConfig):
+                ahead = ahead + weight(config, k, heads.depth) * surprise(network, normed[0, i], tokens[i + k + 1])
+    if isinstance(config, NextTokenConfig):
         return first / count
-    total = config.weight / heads.depth * ahead
-    return (total if config.trunk == "frozen" else first + total) / count
+    return (ahead if config.trunk == "frozen" else first + ahead) / count
+
+
+def exits(network: Decoder, batch: Batch, config: LayerSkipConfig) -> Tensor:
+    """Every exit's summed surprise times its weight, over the next tokens."""
+    count, total = 0, torch.zeros((), dtype=torch.float64)
+    for tokens in sequences(batch):
+        encoded = network(tokens[None], taps=tuple(f"layer.{layer}" for layer in range(network.depth)))
+        for layer, share in enumerate(config.build().weights(network.depth)):
+            for i in range(len(tokens) - 1):
+                h = network.norm(encoded.hidden[f"layer.{layer}"][0, i])
+                total = total + share * surprise(network, h, tokens[i + 1])
+        count += len(tokens) - 1
+    return total / count
+
+
+def weight(config: Any, k: int, depth: int) -> float:
+    if isinstance(config, MultiTokenConfig):
+        return config.weight / depth
+    return config.decay**k * (config.weight if config.trunk == "joint" else 1.0)
+
+
+def free_surprise(network: Decoder, heads: Any, config: Any, final: Tensor, tokens: Tensor, i: int, k: int) -> Tensor:
+    """-log p of token i+k+1 under head k of Medusa or Hydra, or its mean under the trunk's law, with everything written out."""
+    if isinstance(heads, MedusaHeads):
+        rows = slice((k - 1) * network.width, k * network.width)
+        bent = heads.first.weight[rows] @ final[i] + heads.first.bias[rows]
+        h = final[i] + bent * bent.sigmoid()
+    else:
+        layer: Any = heads.first[k - 1]
+        z = torch.cat([final[i], *network.embedding.weight[tokens[i + 1 : i + k + 1]]])
+        straight, bent = (layer.weight @ z + layer.bias).view(2, -1)
+        h = straight + bent * bent.sigmoid()
+    for block in heads.deeper[k - 1]:
+        bent = block.weight @ h + block.bias
+        h = h + bent * bent.sigmoid()
+    scores = (heads.unembeddings[k - 1].weight if len(heads.unembeddings) else network.head.weight) @ h
+    log_law = scores - scores.exp().sum().log()
+    if config.distil:
+        return -((network.head.weight @ final[i + k]).softmax(0).detach() * log_law).sum()
+    return -log_law[tokens[i + k + 1]]
 
 
 def network_block(block: Any, x: Tensor) -> Tensor:
@@ -187,7 +244,7 @@ def test_training_together_reaches_every_weight(name: str, seed: int) -> None:
     network, loss = loss_of(name, ragged_batch(), seed)
     loss.value.backward()
     for parameter_name, parameter in network.named_parameters():
-        used = not parameter_name.startswith("extra.") or name.startswith("mtp")
+        used = not parameter_name.startswith("extra.") or not name.startswith("next_token")
         assert (parameter.grad is not None and bool((parameter.grad != 0).any())) == used, parameter_name
 
 
@@ -208,11 +265,25 @@ def test_the_loss_falls(name: str, seed: int) -> None:
         history.append({"loss": loss.value, **loss.metrics})
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
     for metric in history[0]:
-        if metric.startswith("mtp") and not metric.endswith("accuracy"):
+        if metric.startswith(("mtp", "medusa", "hydra")) and not metric.endswith("accuracy"):
             assert history[-1][metric] < history[0][metric]
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_trunk_joins_after_the_warmup(seed: int) -> None:
+    """Medusa-2: the heads learn alone for the first steps, which the state counts."""
+    network, batch = decoder(**MEDUSA), ragged_batch()
+    config = MedusaConfig(trunk="joint", warmup=2)
+    objective, resumed = config.build(), config.build()
+    for step in range(3):
+        network.zero_grad()
+        objective.loss(network, batch, rng(batch, seed)).value.backward()
+        assert (network.embedding.weight.grad is None) == (step < 2)
+        objective.after_step(network)
+    resumed.load_state_dict(objective.state_dict())
+    assert resumed.loss(network, batch, rng(batch, seed)).value == objective.loss(network, batch, rng(batch, seed)).value
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OBJECTIVES if kind in CASES])
 def test_the_state_survives_and_a_foreign_one_is_refused(kind: str) -> None:
     objective: Any = CASES[kind][0].build()
     objective.load_state_dict(objective.state_dict())

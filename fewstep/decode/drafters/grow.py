@@ -18,21 +18,27 @@ def grow(tree: Tree, nodes: Tensor, law: Tensor, logits: Tensor, branch: int, bu
     "drawn" children are sampled, siblings without replacement, and carry their law q; "chosen" ones are the likeliest. Nodes are
     numbered breadth first, and those at or beyond the row's `budget` [B] are padding.
     """
-    parent = nodes.repeat_interleave(branch, 1)
-    index = tree.size + torch.arange(parent.shape[1], device=parent.device)
-    q = None
+    parent = nodes if branch == 1 else nodes.repeat_interleave(branch, 1)
+    size = tree.size + parent.shape[1]
+    possible = q = None
     if mode == "drawn" and law.is_floating_point():
-        tokens, possible, q = _drawn(law, branch, rng.uniform(int(index[-1]) + 1)[:, index])
+        tokens, possible, q = _drawn(law, branch, rng.uniform(size)[:, tree.size :])
         q = torch.cat([q.new_zeros(tree.batch, 1, q.shape[-1]) if tree.q is None else tree.q, q], 1)
+    elif branch == 1 and not law.is_floating_point():
+        tokens = law
     else:
         tokens, possible = _chosen(law, logits, branch)
     # a node is left out by its place, its parent or for want of a token: never for its own value
-    valid = possible & tree.valid.gather(1, parent) & (index < budget.unsqueeze(1))
-    return Tree(torch.cat([tree.tokens, tokens], 1), torch.cat([tree.parent, torch.where(valid, parent, -2)], 1), q)
+    if possible is not None or int(budget.min()) < size or int(tree.parent.min()) < -1:
+        valid = tree.valid.gather(1, parent) & (torch.arange(tree.size, size, device=parent.device) < budget.unsqueeze(1))
+        parent = torch.where(valid if possible is None else valid & possible, parent, -2)
+    return Tree(torch.cat([tree.tokens, tokens], 1), torch.cat([tree.parent, parent], 1), q)
 
 
 def cut(tree: Tree, size: int) -> Tree:
     """The first `size` nodes of `tree`."""
+    if size >= tree.size:
+        return tree
     return Tree(tree.tokens[:, :size], tree.parent[:, :size], None if tree.q is None else tree.q[:, :size])
 
 
@@ -50,11 +56,11 @@ def _drawn(law: Tensor, branch: int, uniform: Tensor) -> tuple[Tensor, Tensor, T
     return torch.stack(tokens, 2).view(batch, -1), q.sum(-1) > 0, q
 
 
-def _chosen(law: Tensor, logits: Tensor, branch: int) -> tuple[Tensor, Tensor]:
-    """The most likely children: tokens [B,K*branch], and whether the law gives them any mass."""
+def _chosen(law: Tensor, logits: Tensor, branch: int) -> tuple[Tensor, Tensor | None]:
+    """The most likely children: tokens [B,K*branch], and whether the law gives them any mass (None: all can be proposed)."""
     if law.is_floating_point():
         best = law.topk(branch)
         return best.indices.flatten(1), (best.values > 0).flatten(1)
     # greedy: the law's token first (a penalty may have moved it), then the next best logits
     best = logits.scatter(-1, law.unsqueeze(-1), torch.inf).topk(branch)
-    return best.indices.flatten(1), torch.ones_like(best.indices, dtype=torch.bool).flatten(1)
+    return best.indices.flatten(1), None

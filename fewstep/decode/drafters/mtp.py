@@ -3,7 +3,7 @@
 This file knows the two forms of heads and follows exactly the inputs they were trained on. It knows no model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, cast, final
 
@@ -21,6 +21,7 @@ from fewstep.decode.drafters.grow import Mode, cut, grow
 from fewstep.decode.prefill import placement
 from fewstep.nn.heads import ParallelHeads, SequentialHeads
 from fewstep.nn.mixers.attention import AttentionState
+from fewstep.nn.packed import PackedModules, packed_modules
 
 
 @final
@@ -59,34 +60,36 @@ class MultiTokenConfig(DrafterConfig):
 @final
 @dataclass(frozen=True, slots=True)
 class HeadsState:
-    """Each head's cache, and the verified positions it has not seen: tapped activations `fresh` [B,W,D], the tokens that follow
-    them `tokens` [B,W], of which `count` [B] are real. `carry` [B,depth-1,D]: the last certain output of each module but the
-    last (None before the first proposal, and for parallel heads)."""
+    """Each head's cache, and the verified positions it has not seen: the tapped activations `fresh` [B,W,D], of which the last
+    `count` [B] of a row are real, and the tokens that follow them but for the root, `tokens` [B,W-1]. `carry`: the last certain
+    output [B,1,D] of each module but the last (None before the first proposal; empty for parallel heads)."""
 
     caches: tuple[State, ...]
     fresh: Tensor
     tokens: Tensor
     count: Tensor
-    carry: Tensor | None = None
+    carry: tuple[Tensor, ...] | None = None
 
     def fork(self, rows: Tensor) -> "HeadsState":
-        carry = None if self.carry is None else self.carry[rows]
+        carry = None if self.carry is None else tuple(h[rows] for h in self.carry)
         caches = tuple(cache.fork(rows) for cache in self.caches)
         return HeadsState(caches, self.fresh[rows], self.tokens[rows], self.count[rows], carry)
 
     def join(self, other: "HeadsState") -> "HeadsState":
         if (self.carry is None) != (other.carry is None):
             raise ValueError("join: one batch has drafted and the other has not; let both propose once first")
-        width = max(self.tokens.shape[1], other.tokens.shape[1])
-        fresh = torch.cat([functional.pad(s.fresh, (0, 0, 0, width - s.fresh.shape[1])) for s in (self, other)])
-        tokens = torch.cat([functional.pad(s.tokens, (0, width - s.tokens.shape[1])) for s in (self, other)])
-        carry = None if self.carry is None or other.carry is None else torch.cat([self.carry, other.carry])
+        width = max(self.fresh.shape[1], other.fresh.shape[1])
+        fresh = torch.cat([functional.pad(s.fresh, (0, 0, width - s.fresh.shape[1], 0)) for s in (self, other)])
+        tokens = torch.cat([functional.pad(s.tokens, (width - s.fresh.shape[1], 0)) for s in (self, other)])
+        carry = None
+        if self.carry is not None and other.carry is not None:
+            carry = tuple(torch.cat(pair) for pair in zip(self.carry, other.carry, strict=True))
         caches = tuple(mine.join(theirs) for mine, theirs in zip(self.caches, other.caches, strict=True))
         return HeadsState(caches, fresh, tokens, torch.cat([self.count, other.count]), carry)
 
     def nbytes(self) -> int:
-        carried = 0 if self.carry is None else self.carry.nbytes
-        return sum(cache.nbytes() for cache in self.caches) + self.fresh.nbytes + self.tokens.nbytes + self.count.nbytes + carried
+        held = (self.fresh, self.tokens, self.count, *(self.carry or ()))
+        return sum(cache.nbytes() for cache in self.caches) + sum(tensor.nbytes for tensor in held)
 
 
 class _HeadsDrafter:
@@ -96,20 +99,17 @@ class _HeadsDrafter:
         self.taps: tuple[str, ...] = (heads.tap,)
         self.target, self.branching, self.mode = target, branching, mode
 
-    def _fresh(self, caches: tuple[State, ...], prompt: Tree, hidden: Mapping[str, Tensor]) -> HeadsState:
+    def _begun(self, caches: Iterable[State], prompt: Tree, hidden: Mapping[str, Tensor]) -> HeadsState:
         count = prompt.valid.sum(1)
-        return HeadsState(caches, hidden[self.taps[0]], functional.pad(prompt.tokens[:, 1:], (0, 1)), count)
+        fresh, tokens = _aligned(hidden[self.taps[0]], count), _aligned(prompt.tokens, count)
+        return HeadsState(tuple(caches), fresh, tokens[:, 1:], count)
 
     def observe(self, tree: Tree, verdict: Verdict, hidden: Mapping[str, Tensor], state: HeadsState) -> HeadsState:
-        path = verdict.path[:, : int(verdict.keep.max())]
-        fresh = hidden[self.taps[0]].gather(1, path.unsqueeze(-1).expand(-1, -1, self.target.width))
-        tokens = functional.pad(tree.tokens.gather(1, path[:, 1:]), (0, 1))
-        return replace(state, fresh=fresh, tokens=tokens, count=verdict.keep)
-
-    def _rooted(self, root: Tensor, state: HeadsState) -> tuple[Tree, Tensor]:
-        """The tree of `root` alone, and the fresh tokens [B,W] with the root as their last."""
-        tree = Tree(root.unsqueeze(1), torch.full_like(root, -1).unsqueeze(1))
-        return tree, state.tokens.scatter(1, state.count.unsqueeze(1) - 1, root.unsqueeze(1))
+        path, fresh = verdict.path[:, : max(verdict.keep.tolist())], hidden[self.taps[0]]
+        if tree.size > 1:
+            path = _aligned(path, verdict.keep)
+            fresh = fresh.gather(1, path.unsqueeze(-1).expand(-1, -1, fresh.shape[-1]))
+        return replace(state, fresh=fresh, tokens=tree.tokens.gather(1, path[:, 1:]), count=verdict.keep)
 
 
 @final
@@ -118,63 +118,64 @@ class SequentialDrafter(_HeadsDrafter):
 
     With L the root's position, module k is certain of its inputs at positions up to L - k, because it also reads the token k
     ahead; beyond them it runs on the drafted tree itself, whose root stands for position L - k: the draft node of depth j is
-    position L - k + j, and reads module k-1's activation at the node's parent. Certain positions are committed to the module's
-    cache, drafted ones dropped. Differs: a prompt shorter than the modules leaves a position of noise in their caches.
+    position L - k + j. Certain positions and draft nodes are one tree, and each reads module k-1's activation at its parent
+    there. The certain ones are committed to the module's cache, the drafted dropped. Differs: a prompt shorter than the modules
+    leaves a position of noise in their caches.
     """
 
     def __init__(self, heads: SequentialHeads, target: Target, branching: tuple[int, ...], mode: Mode) -> None:
         super().__init__(heads, target, branching, mode)
         self.heads = heads
+        self._packed = packed_modules(heads, len(branching), *target.ends)
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> HeadsState:
         device, dtype = placement(self.target)
-        caches = (
-            self.heads.module(k + 1).block.init_state(prompt.batch, capacity, device=device, dtype=dtype)
-            for k in range(len(self.branching))
-        )
-        return self._fresh(tuple(caches), prompt, hidden)
+        blocks = (self.heads.module(k).block for k in range(1, len(self.branching) + 1))
+        caches = (block.init_state(prompt.batch, capacity, device=device, dtype=dtype) for block in blocks)
+        return self._begun(caches, prompt, hidden)
 
     def propose(self, root: Tensor, state: HeadsState, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, HeadsState]:
-        tree, tokens = self._rooted(root, state)
-        certain, count, drafted = state.fresh, state.count, state.fresh[:, :0]
-        caches, carries, level = [], [], 1  # level: nodes of the deepest level so far
+        if self._packed is not None and state.carry is not None and handle.law.greedy and self._packed.takes(state.fresh):
+            handle.charge(len(self.branching))
+            return self._at_once(self._packed, root, state, budget)
+        tree = Tree(root.unsqueeze(1), torch.full_like(root, -1).unsqueeze(1))
+        width, count = state.fresh.shape[1], state.count
+        chain, path = _chain(count, width)
+        carries, caches = [], []
+        reads = None
+        h, parent, level = state.fresh, chain, 1  # level: nodes of the deepest level so far
         for k, (branch, cache) in enumerate(zip(self.branching, state.caches, strict=True), 1):
+            tokens = torch.cat([state.tokens, tree.tokens], 1)
             if k > 1:
-                last = _at(certain, count)
+                carries.append(h[:, width - 1 : width])
+                parent = _hung(chain, tree)
+                reads = (parent + 1).clamp_(min=0)
                 if state.carry is None:  # nothing came before the prompt: module k starts k - 1 tokens later
-                    certain, tokens, count = certain[:, :-1], tokens[:, 1:], (count - 1).clamp(min=0)
-                else:
-                    certain = torch.cat([state.carry[:, k - 2, None], certain[:, :-1]], 1)
-                # the activation each draft node reads is at its parent; the root's is the last certain one
-                above = torch.cat([last.unsqueeze(1), drafted], 1)
-                drafted = above.gather(1, tree.parent[:, 1:].clamp(min=0).unsqueeze(-1).expand(-1, -1, above.shape[-1]))
-                carries.append(last)
-            certain, drafted, cache = self._run(k, certain, tokens, count, drafted, tree, cache)
-            caches.append(cache)
-            frontier = torch.cat([_at(certain, count).unsqueeze(1), drafted], 1)[:, -level:]
-            logits = self.target.unembed(self.heads.module(k).norm(frontier))
+                    reads[:, :width] = torch.arange(width, device=reads.device)
+                    count = (count - 1).clamp(min=0)
+                    parent[:, :width], path = _chain(count, width)
+                before = torch.zeros_like(h[:, :1]) if state.carry is None else state.carry[k - 2]
+                h = torch.cat([before, h], 1)
+            module = self.heads.module(k)
+            h, cache = module.extend(h, self.target.embed(tokens), Context(parent=parent), cache, reads)
+            caches.append(cache.commit(path, count))
+            logits = self.target.unembed(module.norm(h[:, -level:]))
             nodes = torch.arange(tree.size - level, tree.size, device=root.device).expand(tree.batch, -1)
             tree = grow(tree, nodes, handle.law(logits, tree, nodes), logits, branch, budget, self.mode, rng)
             level *= branch
             handle.charge(1)
-        carry = torch.stack(carries, 1) if carries else None
-        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches), carry=carry)
+        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches), carry=tuple(carries))
 
-    def _run(
-        self, k: int, certain: Tensor, tokens: Tensor, count: Tensor, drafted: Tensor, tree: Tree, cache: State
-    ) -> tuple[Tensor, Tensor, State]:
-        """Module k at certain positions [B,W,D] and the draft nodes [B,N-1,D]: both outputs, the cache grown by the former."""
-        width = certain.shape[1]
-        order = torch.arange(width, device=count.device)
-        chain = torch.where(order < count.unsqueeze(1), order - 1, -2)
-        parent = tree.parent[:, 1:]
-        parent = torch.where(parent > 0, parent + (width - 1), torch.where(parent == 0, count.unsqueeze(1) - 1, parent))
-        parent = torch.cat([chain, parent], 1)
-        embedded = self.target.embed(torch.cat([tokens, tree.tokens[:, 1:]], 1))
-        slots = cast(AttentionState, cache).slots.extend(parent, parent.shape[1])
-        ctx = Context(slots.index, parent=parent)
-        h, cache = self.heads.module(k).extend(torch.cat([certain, drafted], 1), embedded, ctx, cache)
-        return h[:, :width], h[:, width:], cache.commit(order.expand_as(chain), count)
+    def _at_once(self, packed: PackedModules, root: Tensor, state: HeadsState, budget: Tensor) -> tuple[Tree, HeadsState]:
+        """The same as one call of a kernel, where the most likely tokens are drafted whatever the history."""
+        assert state.carry is not None
+        tokens = torch.cat([state.tokens, root.unsqueeze(1)], 1)
+        slotted = [cast(AttentionState, cache) for cache in state.caches]
+        drafted, parent, carry = packed(state.fresh, tokens, state.count, slotted, state.carry, self.branching, budget)
+        _, path = _chain(state.count, tokens.shape[1])
+        caches = tuple(cache.reserve(None, tokens.shape[1]).commit(path, state.count) for cache in slotted)
+        tree = cut(Tree(drafted, parent), int(budget.max()))
+        return tree, replace(state, caches=caches, carry=tuple(carry[:-1]))
 
 
 @final
@@ -187,30 +188,46 @@ class ParallelDrafter(_HeadsDrafter):
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> HeadsState:
         device, dtype = placement(self.target)
-        caches = (
-            self.heads.block(k + 1).init_state(prompt.batch, capacity, device=device, dtype=dtype)
-            for k in range(len(self.branching))
-        )
-        return self._fresh(tuple(caches), prompt, hidden)
+        blocks = (self.heads.block(k) for k in range(1, len(self.branching) + 1))
+        caches = (block.init_state(prompt.batch, capacity, device=device, dtype=dtype) for block in blocks)
+        return self._begun(caches, prompt, hidden)
 
     def propose(self, root: Tensor, state: HeadsState, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, HeadsState]:
-        tree, _ = self._rooted(root, state)
-        order = torch.arange(state.fresh.shape[1], device=root.device).expand_as(state.tokens)
-        parent = torch.where(order < state.count.unsqueeze(1), order - 1, -2)
+        tree = Tree(root.unsqueeze(1), torch.full_like(root, -1).unsqueeze(1))
+        parent, path = _chain(state.count, state.fresh.shape[1])
         caches, level = [], 1
         for k, (branch, cache) in enumerate(zip(self.branching, state.caches, strict=True), 1):
-            slots = cast(AttentionState, cache).slots.extend(parent, parent.shape[1])
-            h, cache = self.heads.block(k).extend(state.fresh, Context(slots.index, parent=parent), cache)
-            caches.append(cache.commit(order, state.count))
-            logits = self.target.unembed(self.heads.norms[k - 1](_at(h, state.count))).unsqueeze(1).expand(-1, level, -1)
+            h, cache = self.heads.block(k).extend(state.fresh, Context(parent=parent), cache)
+            caches.append(cache.commit(path, state.count))
+            logits = self.target.unembed(self.heads.norms[k - 1](h[:, -1:])).expand(-1, level, -1)
             nodes = torch.arange(tree.size - level, tree.size, device=root.device).expand(tree.batch, -1)
             tree = grow(tree, nodes, handle.law(logits, tree, nodes), logits, branch, budget, self.mode, rng)
             level *= branch
             handle.charge(1)
-        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches))
+        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches), carry=())
 
 
-def _at(x: Tensor, count: Tensor) -> Tensor:
-    """x [B,W,D] at the last real position, `count` [B] - 1: [B,D]; zeros where there is none."""
-    padded = functional.pad(x, (0, 0, 1, 0))  # a row with nothing reads the padding, whatever shares its batch
-    return padded.gather(1, count[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+def _aligned(x: Tensor, count: Tensor) -> Tensor:
+    """x [B,W] or [B,W,D] with the first `count` [B] entries of each row moved to its end; the others repeat its first."""
+    width = x.shape[1]
+    if min(count.tolist()) == width:
+        return x
+    index = (torch.arange(width, device=x.device) - (width - count).unsqueeze(1)).clamp_(min=0)
+    return x.gather(1, index if x.ndim == 2 else index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def _chain(count: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Parents [B,W] of the last `count` [B] of `width` nodes as a chain, the others padding, and the path [B,W] along it."""
+    order = torch.arange(width, device=count.device).expand(len(count), -1)
+    if min(count.tolist()) == width:
+        return order - 1, order
+    start = (width - count).unsqueeze(1)
+    parent = torch.where(order > start, order - 1, torch.where(order == start, -1, -2))
+    return parent, (order + start).clamp_(max=width - 1)
+
+
+def _hung(chain: Tensor, tree: Tree) -> Tensor:
+    """Parents [B,W+N-1] of a chain of W nodes and below its last one, which stands for the root, the other nodes of `tree`."""
+    drafted = tree.parent[:, 1:]
+    below = drafted + (chain.shape[1] - 1)
+    return torch.cat([chain, below if int(drafted.min()) >= 0 else torch.where(drafted >= 0, below, -2)], 1)

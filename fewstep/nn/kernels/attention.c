@@ -6,145 +6,131 @@
  * tree's other nodes, another row's padding, the cache's capacity), nor on the queries, rows and threads that share the call.
  *
  * This file knows nothing of tensors, of trees or of positions. */
-#include "calls.h"
-#include "vector.h"
+#include "rows.h"
 
-enum { BLOCK = 16, SUMS = 8 }; /* keys widened to fp32 at a time; vectors of sums that a tile keeps in registers */
+enum { BLOCK = 32, SUMS = 12 }; /* keys that all columns pass before the next ones; vectors of sums that a tile keeps in registers */
+enum { KEYS = 8 };              /* the most keys of a tile: scores are computed for up to that many rows beyond the last */
 
-typedef struct {
-    const layout *at;
-    const char *q, *k, *v;
-    const uint8_t *visible;
-    char *y;
-    float scale;
-    int bf16;
-    long share;  /* columns of one kv head: its query heads x queries */
-    long padded; /* width rounded up to whole vectors */
-} call;
+typedef struct { /* a thread's work: columns of kv heads first .. last-1 of sequence b, and its memory */
+    const view *seen;
+    long b, first, last, column, columns, pitch;
+    float *queries, *scores, *outputs, *totals;
+} unit;
 
-typedef uint16_t narrow __attribute__((vector_size(2 * LANES)));
-
-typedef struct { /* one thread's memory */
-    float *queries, *block, *scores, *outputs, *totals;
-    int32_t *slots;
-} scratch;
+typedef float four __attribute__((vector_size(16)));
 
 static long whole(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-static void widen(const char *from, int bf16, long width, float *to) {
-    if (!bf16) {
-        memcpy(to, from, width * sizeof(float));
-        return;
-    }
-    long e = 0;
-    for (; e + LANES <= width; e += LANES) {
-        narrow n;
-        memcpy(&n, from + 2 * e, sizeof n);
-        const bits wide = __builtin_convertvector(n, bits) << 16;
-        memcpy(to + e, &wide, sizeof wide);
-    }
-    for (; e < width; e++) ((uint32_t *)to)[e] = (uint32_t)((const uint16_t *)from)[e] << 16;
-}
-
-/* The sums over lanes of eight vectors. */
-INLINE void sum_lanes(const vec *a, float *sums) {
+/* The sums over lanes of four vectors. */
+INLINE four sum_lanes(const vec *a) {
 #if LANES >= 8
-    __m256 s[SUMS];
-#pragma GCC unroll 8
-    for (int i = 0; i < SUMS; i++)
+    __m256 s[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
 #if LANES == 16
         s[i] = _mm512_castps512_ps256(a[i]) + _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a[i]), 1));
 #else
         s[i] = a[i];
 #endif
-    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
-    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
-    _mm256_storeu_ps(sums, _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31));
+    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+    return _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1);
 #else
-    for (int i = 0; i < SUMS; i++) sums[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
+    four sums;
+    for (int i = 0; i < 4; i++) sums[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
+    return sums;
 #endif
 }
 
-/* Scores of queries x keys, eight together; both are constants once inlined. */
-INLINE void score(const int queries, const int keys, const float *q, const float *k, long padded, float *scores, long pitch) {
+/* Sums [queries, keys] += products of channels e .. e+n-1; n < LANES at a row's end only. */
+INLINE void add_scores(const int queries, const int keys, const enum form form, const float *q, long padded, const char *const *rows,
+                       long e, long n, vec *sums) {
+    vec b[3];
+#pragma GCC unroll 4
+    for (int i = 0; i < queries; i++) {
+        b[i] = (vec)load(q + i * padded + e);
+        KEEP(b[i]);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < keys; j++) {
+        vec key = fetch(rows[j], e, n, form);
+        if (queries > 1) KEEP(key);
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++) sums[i * keys + j] = multiply_add(key, b[i], sums[i * keys + j]);
+    }
+}
+
+/* Scores of queries x keys; both and the form are constants once inlined. */
+INLINE void score(const int queries, const int keys, const enum form form, const float *q, long padded, const char *const *rows,
+                  long width, float *scores, long pitch) {
     vec a[SUMS];
-    float sums[SUMS];
-#pragma GCC unroll 8
-    for (int i = 0; i < SUMS; i++) a[i] = all(0.0f);
-    for (long e = 0; e < padded; e += LANES) {
-        vec b[SUMS];
-#pragma GCC unroll 8
-        for (int i = 0; i < queries; i++) {
-            b[i] = (vec)load(q + i * padded + e);
-            KEEP(b[i]);
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < keys; j++) {
-            vec key = (vec)load(k + j * padded + e);
-            if (queries > 1) KEEP(key);
-#pragma GCC unroll 8
-            for (int i = 0; i < queries; i++) a[j * queries + i] = multiply_add(key, b[i], a[j * queries + i]);
-        }
+    long e = 0;
+#pragma GCC unroll 12
+    for (int i = 0; i < queries * keys; i++) a[i] = all(0.0f);
+    for (; e + LANES <= width; e += LANES) add_scores(queries, keys, form, q, padded, rows, e, LANES, a);
+    if (e < width) add_scores(queries, keys, form, q, padded, rows, e, width - e, a);
+#pragma GCC unroll 3
+    for (int i = 0; i < queries * keys; i += 4) {
+        const four sums = sum_lanes(a + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) scores[(i % keys + j) * pitch + i / keys] = sums[j]; /* from the register: no detour by memory */
     }
-    sum_lanes(a, sums);
-#pragma GCC unroll 8
-    for (int j = 0; j < keys; j++) memcpy(scores + j * pitch, sums + j * queries, queries * sizeof(float));
 }
 
-/* outputs [queries, vectors] += weights of `count` keys times their values; queries and vectors are constants once inlined. */
-INLINE void gather(const int queries, const int vectors, const float *weights, long pitch, const float *v, long count,
-                   long padded, float *outputs) {
-    vec a[4][SUMS];
+/* outputs [queries, vectors] += weights of `count` keys times their values, channels e .. e + vectors * LANES - 1, or n < LANES of them;
+ * queries, vectors and the form are constants once inlined. */
+INLINE void gather(const int queries, const int vectors, const enum form form, const float *weights, long pitch,
+                   const char *const *rows, long count, long e, long n, long padded, float *outputs) {
+    vec a[3][KEYS];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; i++)
 #pragma GCC unroll 8
-        for (int e = 0; e < vectors; e++) a[i][e] = (vec)load(outputs + i * padded + e * LANES);
-    for (; count > 0; count--, v += padded, weights += pitch) {
-        vec b[SUMS];
-#pragma GCC unroll 8
-        for (int e = 0; e < vectors; e++) {
-            b[e] = (vec)load(v + e * LANES);
-            if (queries > 1) KEEP(b[e]);
-        }
+        for (int v = 0; v < vectors; v++) a[i][v] = (vec)load(outputs + i * padded + e + v * LANES);
+    for (; count > 0; count--, rows++, weights += pitch) {
+        vec p[3];
 #pragma GCC unroll 4
-        for (int i = 0; i < queries; i++) {
-            const vec p = broadcast(weights + i);
+        for (int i = 0; i < queries; i++) p[i] = broadcast(weights + i);
 #pragma GCC unroll 8
-            for (int e = 0; e < vectors; e++) a[i][e] = multiply_add(p, b[e], a[i][e]);
+        for (int v = 0; v < vectors; v++) {
+            vec value = fetch(*rows, e + v * LANES, vectors > 1 ? LANES : n, form);
+            if (queries > 1) KEEP(value);
+#pragma GCC unroll 4
+            for (int i = 0; i < queries; i++) a[i][v] = multiply_add(p[i], value, a[i][v]);
         }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < queries; i++)
 #pragma GCC unroll 8
-        for (int e = 0; e < vectors; e++) memcpy(outputs + i * padded + e * LANES, &a[i][e], sizeof(vec));
+        for (int v = 0; v < vectors; v++) memcpy(outputs + i * padded + e + v * LANES, &a[i][v], sizeof(vec));
 }
 
-/* A kv head's queries [share, padded] against a block of keys. */
-static void score_block(const call *c, const float *q, const float *block, float *scores, long pitch) {
-    long i = 0;
-    for (; i + 4 <= c->share; i += 4)
-        for (int j = 0; j < BLOCK; j += 2)
-            score(4, 2, q + i * c->padded, block + j * c->padded, c->padded, scores + j * pitch + i, pitch);
-    for (; i < c->share; i++)
-        for (int j = 0; j < BLOCK; j += 8)
-            score(1, 8, q + i * c->padded, block + j * c->padded, c->padded, scores + j * pitch + i, pitch);
+/* Columns for the next tile: threes fill the registers best. */
+static long together(long left) { return left == 4 ? 2 : left < 3 ? left : 3; }
+
+#define SCORE(wanted, keys) \
+    for (long j = 0; queries == wanted && j < count; j += keys) \
+        score(wanted, keys, form, q, padded, rows + j, width, scores + j * pitch, pitch);
+
+/* Queries [columns, padded] against a block of keys. */
+INLINE void score_block(const enum form form, long columns, long padded, const float *q, const char *const *rows, long count,
+                        long width, float *scores, long pitch) {
+    for (long queries; columns > 0; columns -= queries, q += queries * padded, scores += queries) {
+        queries = together(columns);
+        SCORE(3, 4) SCORE(2, 4) SCORE(1, 8)
+    }
 }
 
-/* Its outputs [share, padded] += weights of a block's `count` keys times their values. */
-static void gather_block(const call *c, const float *weights, long pitch, const float *block, long count, float *outputs) {
-    const long padded = c->padded;
-    for (long i = 0, rows; i < c->share; i += rows, weights += rows, outputs += rows * padded) {
-        rows = c->share - i >= 4 ? 4 : 1;
-        for (long e = 0, vectors; e < padded; e += vectors * LANES) {
-            const long left = (padded - e) / LANES;
-            vectors = rows == 4 ? (left >= 2 ? 2 : 1) : left >= 8 ? 8 : left >= 4 ? 4 : 1;
-            float *to = outputs + e;
-            if (rows == 4 && vectors == 2) gather(4, 2, weights, pitch, block + e, count, padded, to);
-            else if (rows == 4) gather(4, 1, weights, pitch, block + e, count, padded, to);
-            else if (vectors == 8) gather(1, 8, weights, pitch, block + e, count, padded, to);
-            else if (vectors == 4) gather(1, 4, weights, pitch, block + e, count, padded, to);
-            else gather(1, 1, weights, pitch, block + e, count, padded, to);
-        }
+#define GATHER(wanted, vectors, least) \
+    for (; queries == wanted && width - e >= least; e += vectors * LANES) \
+        gather(wanted, vectors, form, weights, pitch, rows, count, e, width - e, padded, outputs);
+
+/* Outputs [columns, padded] += weights of a block's keys times their values. */
+INLINE void gather_block(const enum form form, long columns, long padded, const float *weights, long pitch, const char *const *rows,
+                         long count, long width, float *outputs) {
+    for (long queries; columns > 0; columns -= queries, weights += queries, outputs += queries * padded) {
+        queries = together(columns);
+        long e = 0;
+        GATHER(3, 4, 4 * LANES) GATHER(3, 1, 1) GATHER(2, 4, 4 * LANES) GATHER(2, 1, 1)
+        GATHER(1, 8, 8 * LANES) GATHER(1, 4, 4 * LANES) GATHER(1, 1, 1)
     }
 }
 
@@ -154,7 +140,7 @@ static void soften(float *scores, long n, long columns, long pitch, float *total
         vec top = all(-INFINITY), total = all(0.0f);
         for (long s = 0; s < n; s++) {
             const vec x = (vec)load(scores + s * pitch + column);
-            top = choose(x > top, x, top);
+            top = larger(x, top);
         }
         top = choose(top == all(-INFINITY), all(0.0f), top); /* a query that sees no key: all its weights are zero */
         for (long s = 0; s < n; s++) {
@@ -166,127 +152,167 @@ static void soften(float *scores, long n, long columns, long pitch, float *total
     }
 }
 
-/* The slots of sequence b that any of its queries sees, in order. */
-static long list_slots(const call *c, long b, int32_t *slots) {
-    long n = 0;
-    for (long s = 0; s < c->at->keys; s++) {
-        int seen = !c->visible;
-        for (long t = 0; t < c->at->queries && !seen; t++)
-            seen = c->visible[b * c->at->visible_batch + t * c->at->visible_row + s];
-        slots[n] = (int32_t)s;
-        n += seen;
-    }
-    return n;
-}
-
-static void hide(const call *c, long b, const int32_t *slots, long n, long columns, float *scores, long pitch) {
-    for (long t = 0; t < c->at->queries; t++) {
-        const uint8_t *visible = c->visible + b * c->at->visible_batch + t * c->at->visible_row;
-        for (long s = 0; s < n; s++)
-            if (!visible[slots[s]])
-                for (long column = t; column < columns; column += c->at->queries) scores[s * pitch + column] = -INFINITY;
+/* Hides from each query what it does not see. */
+static void hide(const attention *a, const unit *u) {
+    const view *seen = u->seen;
+    const long heads = u->last - u->first;
+    for (long s = seen->open; s < seen->count; s++) {
+        const uint8_t *visible = seen->visible + s - seen->open;
+        float *scores = u->scores + s * u->pitch;
+        for (long c = 0, t = u->column % a->at->queries; c < u->columns; c++, t = t + 1 < a->at->queries ? t + 1 : 0)
+            if (!visible[t * seen->row])
+                for (long g = 0; g < heads; g++) scores[g * u->columns + c] = -INFINITY;
     }
 }
 
-/* Row i of kv head g's share: query head g * repeat + i / queries, query i % queries. */
-static void load_queries(const call *c, long b, long g, float *to) {
-    const layout *at = c->at;
-    memset(to, 0, c->share * c->padded * sizeof(float));
-    for (long i = 0; i < c->share; i++, to += c->padded) {
-        const long head = g * (at->heads / at->kv_heads) + i / at->queries, t = i % at->queries;
-        widen(c->q + (b * at->q_batch + head * at->q_head + t * at->q_row) * (c->bf16 ? 2 : 4), c->bf16, at->width, to);
-        for (long e = 0; e < at->width; e++) to[e] *= c->scale;
+/* Column c of kv head g: query head g * repeat + c / queries, query c % queries. */
+static void load_queries(const attention *a, const unit *u, long g) {
+    const layout *at = a->at;
+    for (long i = 0; i < u->columns; i++) {
+        const long c = u->column + i, head = g * (at->heads / at->kv_heads) + c / at->queries, t = c % at->queries;
+        const char *q = a->q + (u->b * at->q_batch + head * at->q_head + t * at->q_row) * size_of(a->form);
+        float *to = u->queries + i * a->padded;
+        memset(to + a->padded - LANES, 0, LANES * sizeof(float));
+        EACH(e, n, at->width) store(to, e, n, fetch(q, e, n, a->form) * all(a->scale), FLOAT);
     }
 }
 
-static void store_outputs(const call *c, long b, long g, const float *outputs, const float *totals) {
-    const layout *at = c->at;
-    for (long i = 0; i < c->share; i++) {
-        const long head = g * (at->heads / at->kv_heads) + i / at->queries, t = i % at->queries;
-        const long to = ((b * at->queries + t) * at->heads + head) * at->width;
-        const float *y = outputs + i * c->padded, total = totals[i] == 0.0f ? 1.0f : totals[i];
-        for (long e = 0; e < at->width; e++) {
-            if (c->bf16) ((uint16_t *)c->y)[to + e] = to_bf16(y[e] / total);
-            else ((float *)c->y)[to + e] = y[e] / total;
+static void store_outputs(const attention *a, const unit *u, long g) {
+    const layout *at = a->at;
+    for (long i = 0; i < u->columns; i++) {
+        const long c = u->column + i, head = g * (at->heads / at->kv_heads) + c / at->queries, t = c % at->queries;
+        const float *y = u->outputs + i * a->padded, total = u->totals[(g - u->first) * u->columns + i];
+        char *to = a->y + ((u->b * at->queries + t) * a->y_row + head * at->width) * size_of(a->y_form);
+        EACH(e, n, at->width) store(to, e, n, fetch(y, e, n, FLOAT) / all(total == 0.0f ? 1.0f : total), a->y_form);
+    }
+}
+
+/* Where the rows of `count` keys from the first-th seen one on lie, the last one repeated behind them; the block after them is on its
+ * way meanwhile. */
+static long find_rows(const attention *a, const unit *u, const char *base, long row, long first, const char **rows) {
+    const int32_t *slots = u->seen->slots + first;
+    const long bytes = row * size_of(a->form), used = a->at->width * size_of(a->form), left = u->seen->count - first;
+    const long count = left < BLOCK ? left : BLOCK;
+    for (long j = 0; j < count; j++) {
+        rows[j] = base + slots[j] * bytes;
+        if (j + BLOCK < left)
+            for (long i = 0; i < used; i += 64) __builtin_prefetch(base + slots[j + BLOCK] * bytes + i);
+    }
+    for (long j = count; j < count + KEYS; j++) rows[j] = rows[count - 1];
+    return count;
+}
+
+static void attend(const attention *a, const unit *u) {
+    const layout *at = a->at;
+    const long size = size_of(a->form), seen = u->seen->count, width = at->width, padded = a->padded, pitch = u->pitch;
+    const char *rows[BLOCK + KEYS];
+    for (long g = u->first; g < u->last; g++) {
+        const char *keys = a->k + (u->b * at->k_batch + g * at->k_head) * size;
+        load_queries(a, u, g);
+        for (long s = 0; s < seen; s += BLOCK) {
+            const long count = find_rows(a, u, keys, at->k_row, s, rows);
+            float *scores = u->scores + s * pitch + (g - u->first) * u->columns;
+            if (a->form == NARROW) score_block(NARROW, u->columns, padded, u->queries, rows, count, width, scores, pitch);
+            else score_block(FLOAT, u->columns, padded, u->queries, rows, count, width, scores, pitch);
         }
     }
-}
-
-static void load_block(const call *c, const char *rows, long row, const int32_t *slots, long count, float *block) {
-    for (long j = 0; j < count; j++)
-        widen(rows + slots[j] * row * (c->bf16 ? 2 : 4), c->bf16, c->at->width, block + j * c->padded);
-}
-
-/* kv heads first..last of sequence b, side by side in the columns of scores. */
-static void attend(const call *c, long b, long first, long last, long pitch, const scratch *m) {
-    const layout *at = c->at;
-    const long size = c->bf16 ? 2 : 4, columns = (last - first) * c->share, n = list_slots(c, b, m->slots);
-    memset(m->block, 0, BLOCK * c->padded * sizeof(float)); /* the padding of its rows stays zero */
-    for (long g = first; g < last; g++) {
-        const char *keys = c->k + (b * at->k_batch + g * at->k_head) * size;
-        load_queries(c, b, g, m->queries);
-        for (long s = 0; s < n; s += BLOCK) {
-            load_block(c, keys, at->k_row, m->slots + s, n - s < BLOCK ? n - s : BLOCK, m->block);
-            score_block(c, m->queries, m->block, m->scores + s * pitch + (g - first) * c->share, pitch);
+    hide(a, u);
+    soften(u->scores, seen, (u->last - u->first) * u->columns, pitch, u->totals);
+    for (long g = u->first; g < u->last; g++) {
+        const char *values = a->v + (u->b * at->v_batch + g * at->v_head) * size;
+        memset(u->outputs, 0, u->columns * padded * sizeof(float));
+        for (long s = 0; s < seen; s += BLOCK) {
+            const long count = find_rows(a, u, values, at->v_row, s, rows);
+            const float *weights = u->scores + s * pitch + (g - u->first) * u->columns;
+            if (a->form == NARROW) gather_block(NARROW, u->columns, padded, weights, pitch, rows, count, width, u->outputs);
+            else gather_block(FLOAT, u->columns, padded, weights, pitch, rows, count, width, u->outputs);
         }
-    }
-    if (c->visible) hide(c, b, m->slots, n, columns, m->scores, pitch);
-    soften(m->scores, n, columns, pitch, m->totals);
-    for (long g = first; g < last; g++) {
-        const char *values = c->v + (b * at->v_batch + g * at->v_head) * size;
-        memset(m->outputs, 0, c->share * c->padded * sizeof(float));
-        for (long s = 0; s < n; s += BLOCK) {
-            const long count = n - s < BLOCK ? n - s : BLOCK;
-            load_block(c, values, at->v_row, m->slots + s, count, m->block);
-            gather_block(c, m->scores + s * pitch + (g - first) * c->share, pitch, m->block, count, m->outputs);
-        }
-        store_outputs(c, b, g, m->outputs, m->totals + (g - first) * c->share);
+        store_outputs(a, u, g);
     }
 }
 
-static int attend_range(const call *c, long group, long first, long last) {
-    const layout *at = c->at;
-    const long groups = (at->kv_heads + group - 1) / group, pitch = whole(group * c->share);
-    const long rows = c->share * c->padded, scores = (at->keys + BLOCK) * pitch;
-    float *memory = malloc((2 * rows + BLOCK * c->padded + scores + pitch + at->keys + 1) * sizeof(float));
-    if (!memory) return -1;
-    scratch m = {.queries = memory, .outputs = memory + rows};
-    m.block = m.outputs + rows;
-    m.scores = m.block + BLOCK * c->padded;
-    m.totals = m.scores + scores;
-    m.slots = (int32_t *)(m.totals + pitch);
-    for (long unit = first; unit < last; unit++) {
-        const long b = unit / groups, g = unit % groups * group;
-        attend(c, b, g, g + group < at->kv_heads ? g + group : at->kv_heads, pitch, &m);
+/* Units of work: groups of kv heads, so that few queries still fill the vectors of `soften`, or a head's columns in pieces. */
+void plan_attention(attention *a, int threads) {
+    const layout *at = a->at;
+    const long pairs = at->batch * at->kv_heads;
+    a->share = at->heads / at->kv_heads * at->queries;
+    a->padded = whole(at->width);
+    a->group = LANES / (a->share ? a->share : 1);
+    if (a->group > pairs / threads) a->group = pairs / threads;
+    if (a->group > at->kv_heads) a->group = at->kv_heads;
+    if (a->group < 1) a->group = 1;
+    a->units = at->batch * ((at->kv_heads + a->group - 1) / a->group);
+    a->pieces = a->group > 1 || a->units % threads == 0 || a->units > 4 * threads ? 1 : threads < a->share ? threads : a->share;
+    a->units *= a->pieces;
+    a->columns = a->pieces > 1 ? (a->share + a->pieces - 1) / a->pieces : a->share;
+}
+
+/* Floats that a thread needs. */
+long attention_memory(const attention *a) {
+    const long pitch = whole(a->group * a->columns), keys = a->at->keys + KEYS;
+    return 2 * a->columns * a->padded + keys * pitch + pitch;
+}
+
+void attend_units(const attention *a, long first, long last, float *memory) {
+    unit u = {.pitch = whole(a->group * a->columns), .queries = memory};
+    u.outputs = u.queries + a->columns * a->padded;
+    u.totals = u.outputs + a->columns * a->padded;
+    u.scores = u.totals + u.pitch;
+    const long groups = (a->at->kv_heads + a->group - 1) / a->group;
+    for (long i = first; i < last; i++) {
+        const long heads = i / a->pieces, piece = i % a->pieces;
+        u.b = heads / groups;
+        u.first = heads % groups * a->group;
+        u.last = u.first + a->group < a->at->kv_heads ? u.first + a->group : a->at->kv_heads;
+        u.column = a->share * piece / a->pieces;
+        u.columns = a->share * (piece + 1) / a->pieces - u.column;
+        u.seen = a->views + u.b;
+        attend(a, &u);
     }
-    free(memory);
-    return 0;
+}
+
+/* Sequence b's slots that any query sees, in order, and who sees them, from `visible` [queries, keys]; NULL: all see all. */
+static void list_slots(const layout *at, const uint8_t *visible, view *to, int32_t *slots, uint8_t *bytes) {
+    *to = (view){.slots = slots, .visible = bytes, .row = at->keys};
+    for (long s = 0; s < at->keys; s++) {
+        long seen = visible ? 0 : at->queries;
+        for (long t = 0; visible && t < at->queries; t++)
+            seen += bytes[t * at->keys + to->count - to->open] = visible[t * at->visible_row + s];
+        slots[to->count] = (int32_t)s;
+        to->open += seen == at->queries && to->open == to->count;
+        to->count += seen > 0;
+    }
 }
 
 /* q [batch, heads, queries, width], k and v [batch, kv_heads, keys, width] strided, all bf16 or all fp32; visible: bytes
  * [batch, queries, keys] or NULL; y [batch, queries, heads, width] contiguous. Returns 0, or -1 where memory is lacking. */
 int decode_attention(const void *q, const void *k, const void *v, const void *visible, void *y, const layout *at, float scale,
                      int bf16, int threads) {
-    call c = {.at = at, .q = q, .k = k, .v = v, .visible = visible, .y = y, .scale = scale, .bf16 = bf16};
-    c.share = at->heads / at->kv_heads * at->queries;
-    c.padded = whole(at->width);
-    const long pairs = at->batch * at->kv_heads;
-    if (forked || threads > pairs || pairs * c.share * at->keys * at->width < PARALLEL) threads = 1;
-    long group = LANES / (c.share ? c.share : 1); /* kv heads together, so that few queries still fill the vectors of soften */
-    if (group > pairs / threads) group = pairs / threads;
-    if (group > at->kv_heads) group = at->kv_heads;
-    if (group < 1) group = 1;
-    const long units = at->batch * ((at->kv_heads + group - 1) / group);
-#ifdef _OPENMP
-    if (threads > 1) {
-        int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-        {
-            const long t = omp_get_thread_num(), n = omp_get_num_threads();
-            failed |= attend_range(&c, group, units * t / n, units * (t + 1) / n);
-        }
-        return failed;
+    attention a = {.at = at, .q = q, .k = k, .v = v, .y = y, .y_row = at->heads * at->width, .scale = scale};
+    a.form = a.y_form = stored(bf16);
+    if (forked || at->batch * at->heads * at->queries * at->keys * at->width < PARALLEL) threads = 1;
+    plan_attention(&a, threads);
+    const long own = attention_memory(&a), batch = at->batch, bytes = visible ? at->queries * at->keys : 0;
+    char *memory = malloc(batch * (sizeof(view) + at->keys * sizeof(int32_t) + bytes) + threads * own * sizeof(float) + 64);
+    if (!memory) return -1;
+    view *views = (view *)memory;
+    float *scratch = (float *)(views + batch);
+    int32_t *slots = (int32_t *)(scratch + threads * own);
+    uint8_t *seen = (uint8_t *)(slots + batch * at->keys);
+    for (long b = 0; b < batch; b++) {
+        const uint8_t *row = visible ? (const uint8_t *)visible + b * at->visible_batch : NULL;
+        list_slots(at, row, views + b, slots + b * at->keys, seen + b * bytes);
     }
+    a.views = views;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const long t = omp_get_thread_num(), n = omp_get_num_threads();
+        attend_units(&a, a.units * t / n, a.units * (t + 1) / n, scratch + t * own);
+    }
+#else
+    attend_units(&a, 0, a.units, scratch);
 #endif
-    return attend_range(&c, group, 0, units);
+    free(memory);
+    return 0;
 }

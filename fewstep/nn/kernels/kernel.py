@@ -86,8 +86,17 @@ class Kernel:
         self.rms_norm = library.rms_norm
         self.rms_norm.argtypes = (*[pointer] * 3, *[size] * 2, ctypes.c_float, flag)
         self.rms_norm.restype = None
-        self.block_step = library.block_step
-        self.block_step.argtypes = (*[pointer] * 5, size)
+        self.join_rows = library.join_rows
+        self.join_rows.argtypes = (*[pointer] * 8, *[size] * 5, *[flag] * 2)
+        self.largest = library.largest
+        self.largest.argtypes = (*[pointer] * 2, *[size] * 2, flag)
+        self.largest.restype = None
+        self.draft_tree = library.draft_tree
+        self.draft_tree.argtypes = (pointer,) * 3
+        self.run_steps = library.run_steps
+        self.run_steps.argtypes = (*[pointer] * 2, size, *[pointer] * 3, *[size] * 2, flag)
+        self.keep_slots = library.keep_slots
+        self.keep_slots.argtypes = (pointer, *[size] * 4, *[pointer] * 2, size, pointer)
 
 
 @cache

@@ -10,8 +10,7 @@
  * are bf16 too, adds a pair of products per step and takes subnormal inputs and results as zero.
  *
  * This file knows nothing of tensors, of packing, or of when ATen would be the better choice. */
-#include "calls.h"
-#include "vector.h"
+#include "rows.h"
 
 /* TILE_ROWS: as many rows as the registers hold sums for, beside two vectors of weights and a broadcast activation.
  * WIDTH: panels a tile walks at once, so that few rows still have enough independent chains in flight. */
@@ -35,7 +34,8 @@ typedef struct {
     const float *bias, *x; /* x: the block's rows as words, `pitch` apart */
     char *y;
     long in, out, steps, pitch;
-    int rows, tiles, y_bf16;
+    int rows, tiles;
+    enum form y_form;
     enum kind kind;
 } job;
 
@@ -104,10 +104,12 @@ INLINE void tile(const enum kind kind, const int rows, const int panels, const c
 
 typedef void tile_function(int rows, int panels, const char *w, long stride, const char *ahead, long pace, const float *x,
                            long pitch, long steps, float *sums);
+#define WIDE(kind, rows, wide) \
+    if (WIDTH(rows) >= wide && panels == wide) tile(kind, rows, wide, w, stride, ahead, pace, x, pitch, steps, sums); \
+    else
 #define CASE(kind, rows) \
     case rows: \
-        if (WIDTH(rows) > 1 && panels > 1) tile(kind, rows, WIDTH(rows), w, stride, ahead, pace, x, pitch, steps, sums); \
-        else tile(kind, rows, 1, w, stride, ahead, pace, x, pitch, steps, sums); \
+        WIDE(kind, rows, 4) WIDE(kind, rows, 3) WIDE(kind, rows, 2) tile(kind, rows, 1, w, stride, ahead, pace, x, pitch, steps, sums); \
         break;
 #if TILE_ROWS == 12
 #define MORE_CASES(kind) CASE(kind, 7) CASE(kind, 8) CASE(kind, 9) CASE(kind, 10) CASE(kind, 11) CASE(kind, 12)
@@ -128,17 +130,23 @@ TILES(tile_dot, BF16_DOT)
 #endif
 
 static void finish(const job *j, long first, int width, const float *sums) {
-    const int count = j->out - first < width ? (int)(j->out - first) : width;
+    const long count = j->out - first < width ? j->out - first : width;
     for (long r = 0; r < j->rows; r++, sums += width) {
-        float s[MAX_WIDTH * PANEL];
-        for (int o = 0; o < count; o++) s[o] = j->bias ? sums[o] + j->bias[first + o] : sums[o];
-        if (j->y_bf16)
-            for (int o = 0; o < count; o++) ((uint16_t *)j->y)[r * j->out + first + o] = to_bf16(s[o]);
-        else memcpy((float *)j->y + r * j->out + first, s, count * sizeof(float));
+        char *to = j->y + (r * j->out + first) * size_of(j->y_form);
+        EACH(o, n, count) {
+            const vec sum = (vec)load(sums + o);
+            store(to, o, n, j->bias ? sum + fetch(j->bias + first, o, n, FLOAT) : sum, j->y_form);
+        }
     }
 }
 
 static int tile_rows(const job *j, int t) { return j->rows / j->tiles + (t < j->rows % j->tiles); }
+
+/* Panels for the next tile of so many rows: as many as it walks at once, the last ones in even groups. */
+static long group(int rows, long left) {
+    const long widest = WIDTH(rows);
+    return left >= 2 * widest || left == widest ? widest : left > widest ? (left + 1) / 2 : left;
+}
 
 /* The block's rows times panels first..last. One tile runs down whole panels; several take turns on chunks, each prefetching
  * its share of the next chunk. Near the end of a wide group its panels' next lines are the following group's first. */
@@ -147,7 +155,7 @@ static void compute(const job *j, long first, long last) {
     tile_function *const advance = j->kind == F32 ? tile_f32 : j->kind == BF16 ? tile_bf16 : tile_dot;
     const long stride = j->steps * LINE, words = j->kind == BF16 ? 2 : 1, pace = (LINE + j->tiles - 1) / j->tiles;
     for (long p = first, panels; p < last; p += panels) {
-        panels = j->tiles == 1 && last - p >= WIDTH(j->rows) ? WIDTH(j->rows) : 1;
+        panels = j->tiles == 1 ? group(j->rows, last - p) : 1;
         const char *w = j->weight + p * stride;
         const long ahead = j->tiles > 1 ? CHUNK : AHEAD / panels, body = j->steps > ahead ? j->steps - ahead : j->steps;
         memset(sums, 0, j->rows * panels * LINE);
@@ -164,7 +172,7 @@ static void compute(const job *j, long first, long last) {
 }
 
 /* x [rows, in] -> words [rows, pitch] with zeros after the last input: fp32, or pairs of bf16 for BF16_DOT. */
-static void widen(const job *j, const void *x, int x_bf16, float *to) {
+static void spread(const job *j, const void *x, int x_bf16, float *to) {
     for (long r = 0; r < j->rows; r++, to += j->pitch) {
         const uint16_t *narrow = (const uint16_t *)x + r * j->in;
         memset(to + (j->kind == BF16_DOT ? j->in / 2 : j->in), 0, 2 * sizeof(float));
@@ -175,7 +183,7 @@ static void widen(const job *j, const void *x, int x_bf16, float *to) {
 }
 
 static void compute_all(const job *j, int threads) {
-    const long panels = (j->out + PANEL - 1) / PANEL;
+    const long panels = skinny_panel_count(j->out);
 #ifdef _OPENMP
     if (threads > 1 && !forked && j->rows * j->in * j->out >= PARALLEL) {
 #pragma omp parallel num_threads(threads)
@@ -190,25 +198,52 @@ static void compute_all(const job *j, int threads) {
     compute(j, 0, panels);
 }
 
+static enum kind kind_of(int w_bf16, int x_bf16) {
+#ifdef __AVX512BF16__
+    if (w_bf16 && x_bf16) return BF16_DOT;
+#endif
+    (void)x_bf16;
+    return w_bf16 ? BF16 : F32;
+}
+
+long skinny_pitch(long in) { return in + 17; } /* off the powers of two, at which all rows would share one set of the cache */
+long skinny_panel_count(long out) { return (out + PANEL - 1) / PANEL; }
+enum form skinny_form(int bf16) { return !bf16 ? FLOAT : kind_of(1, 1) == BF16_DOT ? NARROW : ROUNDED; }
+
+static void set_rows(job *j, long rows) {
+    j->rows = (int)(rows < BLOCK_ROWS ? rows : BLOCK_ROWS);
+    j->tiles = (j->rows + TILE_ROWS - 1) / TILE_ROWS;
+}
+
+/* Panels first..last of a layer whose weight, words and results y [rows, out] are all bf16 or all fp32. */
+void skinny_panels(const void *weight, const float *bias, const float *words, void *y, long rows, long in, long out, int bf16,
+                   long first, long last) {
+    job j = {.weight = weight, .bias = bias, .in = in, .out = out, .y_form = stored(bf16), .kind = kind_of(bf16, bf16)};
+    j.steps = bf16 ? (in + 1) / 2 : in;
+    j.pitch = skinny_pitch(in);
+    for (long row = 0; row < rows; row += j.rows) {
+        set_rows(&j, rows - row);
+        j.x = words + row * j.pitch;
+        j.y = (char *)y + row * out * size_of(j.y_form);
+        compute(&j, first, last);
+    }
+}
+
 /* weight: panels of bf16 or fp32; bias: fp32 or NULL; x [rows, in] and y [rows, out]: contiguous, both bf16 or both fp32.
  * Returns 0, or -1 where memory for the activations is lacking. */
 int skinny_linear(const void *weight, const float *bias, const void *x, void *y, long rows, long in, long out, int w_bf16,
                   int x_bf16, int threads) {
     const long size = x_bf16 ? 2 : 4, block = rows < BLOCK_ROWS ? rows : BLOCK_ROWS;
-    job j = {.weight = weight, .bias = bias, .in = in, .out = out, .y_bf16 = x_bf16, .kind = w_bf16 ? BF16 : F32};
-#ifdef __AVX512BF16__
-    if (w_bf16 && x_bf16) j.kind = BF16_DOT;
-#endif
+    job j = {.weight = weight, .bias = bias, .in = in, .out = out, .y_form = stored(x_bf16), .kind = kind_of(w_bf16, x_bf16)};
     j.steps = w_bf16 ? (in + 1) / 2 : in;
-    j.pitch = in + 17; /* off the powers of two, at which all rows would share one set of the cache */
+    j.pitch = skinny_pitch(in);
     float local[8192], *heap = NULL, *words = local;
     if (block * j.pitch > 8192 && !(words = heap = malloc(block * j.pitch * sizeof(float)))) return -1;
     j.x = words;
     for (long row = 0; row < rows; row += j.rows) {
-        j.rows = (int)(rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS);
-        j.tiles = (j.rows + TILE_ROWS - 1) / TILE_ROWS;
+        set_rows(&j, rows - row);
         j.y = (char *)y + row * out * size;
-        widen(&j, (const char *)x + row * in * size, x_bf16, words);
+        spread(&j, (const char *)x + row * in * size, x_bf16, words);
         compute_all(&j, threads);
     }
     free(heap);

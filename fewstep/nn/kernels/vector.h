@@ -29,15 +29,15 @@ typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 
 #if LANES == 16
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE vec broadcast(const float *p) { return _mm512_set1_ps(*p); }
+INLINE vec all(float f) { return _mm512_set1_ps(f); }
 #define KEEP(v) __asm__("" : "+v"(v))
 #elif LANES == 8
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vec broadcast(const float *p) { return _mm256_broadcast_ss(p); }
+INLINE vec all(float f) { return _mm256_set1_ps(f); }
 #define KEEP(v) __asm__("" : "+x"(v)) /* in a register: left alone, gcc loads it anew for every row that uses it */
 #else
 INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
-INLINE vec broadcast(const float *p) { return (vec){*p, *p, *p, *p}; }
+INLINE vec all(float f) { return (vec){f, f, f, f}; }
 #define KEEP(v) (void)(v)
 #endif
 
@@ -53,10 +53,17 @@ INLINE uint16_t to_bf16(float f) { /* to nearest, ties to even */
     return f != f ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+INLINE vec broadcast(const float *p) { return all(*p); }
+
 typedef int32_t mask __attribute__((vector_size(4 * LANES)));
 
-INLINE vec all(float f) { return broadcast(&f); }
+#if LANES == 8
+INLINE vec choose(mask m, vec yes, vec no) { return _mm256_blendv_ps(no, yes, (vec)m); }
+INLINE vec larger(vec a, vec b) { return _mm256_max_ps(a, b); }
+#else
 INLINE vec choose(mask m, vec yes, vec no) { return (vec)(((bits)m & (bits)yes) | (~(bits)m & (bits)no)); }
+INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); } /* b where either is NaN */
+#endif
 
 /* e^x to about one unit in the last place; 0 below -87, where float32 ends; NaN stays NaN. */
 INLINE vec exponential(vec x) {

@@ -58,12 +58,21 @@ def few(x: Tensor, count: int) -> bool:
 class AttentionState:
     """Keys and values [B,2G,S,E] (keys first) and their slot table. Cost: 2 G E numbers per token."""
 
-    def __init__(self, cache: Tensor, slots: Slots) -> None:
+    def __init__(self, cache: Tensor, slots: Slots, caches: kernels.Caches | None = None) -> None:
+        """`caches`: the kernel's view of the same cache, if it was made before."""
         self.cache, self.slots = cache, slots
+        self._caches = caches
+
+    @property
+    def caches(self) -> kernels.Caches | None:
+        """The kernel's view of the cache, None where it is not one of its own."""
+        if self._caches is None and kernels.Caches.fits(self.cache):
+            self._caches = kernels.Caches([self.cache])
+        return self._caches
 
     def reserve(self, parent: Tensor | None, count: int) -> "AttentionState":
         """With `count` pending nodes whose slots are still to be written. Raises ValueError over capacity."""
-        return AttentionState(self.cache, self.slots.extend(parent, count))
+        return AttentionState(self.cache, self.slots.extend(parent, count), self._caches)
 
     def write(self, new: Tensor) -> "AttentionState":
         """With `new` [B,2G,T,E] in the last slots in use."""
@@ -75,11 +84,15 @@ class AttentionState:
         return self
 
     def commit(self, path: Tensor, keep: Tensor) -> "AttentionState":
-        slots, moves = self.slots.commit(path, keep)
+        slots = self.slots.commit(path, keep)
+        if self._caches is not None:
+            self._caches.keep(self.slots.base, self.slots.lengths, path, keep)
+            return AttentionState(self.cache, slots, self._caches)
+        moves = self.slots.moves(path, keep)
         return AttentionState(self.cache if moves is None else moves.apply(self.cache), slots)
 
     def rollback(self) -> "AttentionState":
-        return AttentionState(self.cache, self.slots.rollback())
+        return AttentionState(self.cache, self.slots.rollback(), self._caches)
 
     def fork(self, rows: Tensor) -> "AttentionState":
         return AttentionState(self.cache[rows], self.slots.fork(rows))
@@ -122,7 +135,8 @@ class Attention(nn.Module):
         return AttentionState(cache, Slots.empty(batch, capacity, device))
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Aux]:
-        q, kv = self._project(x, ctx)
+        assert ctx.positions is not None, "a parallel pass has no state to count positions"
+        q, kv = self._project(x, ctx.positions, ctx)
         k, v = kv.split(self.kv_heads, 1)
         mask = self._mask(ctx)
         if isinstance(mask, Causal) and ctx.segments is None:
@@ -136,36 +150,23 @@ class Attention(nn.Module):
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         window, count = self._window(ctx), x.shape[1]
-        q, kv = self._project(x, ctx)
+        state = state.reserve(ctx.parent, count)
+        slots = state.slots
+        q, kv = self._project(x, slots.index[:, -count:] if ctx.positions is None else ctx.positions, ctx)
+        state = state.write(kv)
+        k, v = state.cache[:, :, : slots.end].split(self.kv_heads, 1)
         if few(q, count):
-            state, visible = self.reserve(ctx, state, count)
-            k, v = self._seen(state.write(kv))
-            return self.out(kernels.attend(q, k, v, visible)), state
-        state = state.reserve(ctx.parent, count).write(kv)
-        slots, (k, v) = state.slots, self._seen(state)
-        if slots.base == 0 and slots.parent is None and count == slots.end and window is None:
+            key = ("attention", window, "visible")
+            if key not in ctx.shared:
+                ctx.shared[key] = slots.visible(count, window)
+            return self.out(kernels.attend(q, k, v, ctx.shared[key])), state
+        if slots.base == 0 and count == slots.end and slots.chain and window is None:
             return self._attend(q, k, v, None, causal=True), state
         key = ("attention", window, "additive")
         if key not in ctx.shared:
             visible = slots.visible(count, window)
             ctx.shared[key] = None if visible is None else _additive(visible, q.dtype)
         return self._attend(q, k, v, ctx.shared[key]), state
-
-    def reserve(self, ctx: Context, state: AttentionState, count: int) -> tuple[AttentionState, Tensor | None]:
-        """`state` with slots, still to be written, for the call's `count` tokens, and the slots that each of them sees.
-
-        Raises ValueError over capacity, or for a mask that is not causal.
-        """
-        window = self._window(ctx)
-        state = state.reserve(ctx.parent, count)
-        key = ("attention", window, "visible")
-        if key not in ctx.shared:
-            ctx.shared[key] = state.slots.visible(count, window)
-        return state, ctx.shared[key]
-
-    def _seen(self, state: AttentionState) -> tuple[Tensor, ...]:
-        """Keys and values [B,G,S,E] of the slots in use."""
-        return state.cache[:, :, : state.slots.end].split(self.kv_heads, 1)
 
     def _window(self, ctx: Context) -> int | None:
         mask = self._mask(ctx)
@@ -182,14 +183,14 @@ class Attention(nn.Module):
             raise ValueError(f"mask={type(ctx.mask).__name__}: attention takes {known}; choose one of them")
         return ctx.mask
 
-    def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _project(self, x: Tensor, positions: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """q [B,H,T,E] and keys beside values [B,2G,T,E], normed and turned by position."""
         batch, count, _ = x.shape
         heads = self.qkv(x).view(batch, count, self.heads + 2 * self.kv_heads, self.head_width).transpose(1, 2)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.position.rotate(q, k, ctx.positions, ctx.positions, ctx.shared)
+        q, k = self.position.rotate(q, k, positions, positions, ctx.shared)
         return q, torch.cat([k, v], 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:

@@ -6,14 +6,18 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fewstep.core.recipe import Config
 from fewstep.training.data.bpe import BPEConfig
 from fewstep.training.data.dataset import Dataset, prepare
 from fewstep.training.data.loader import Loader
 from fewstep.training.data.sources import Corpus, DataConfig, TextConfig
 from fewstep.training.data.stdlib import StdlibConfig
+from fewstep.training.data.target import SelfDistilledConfig, TargetTokenizerConfig
 
-DATA: Mapping[str, type[DataConfig]] = MappingProxyType({config.kind: config for config in (StdlibConfig, TextConfig)})
-TOKENIZERS: Mapping[str, type[BPEConfig]] = MappingProxyType({config.kind: config for config in (BPEConfig,)})
+DATA: Mapping[str, type[DataConfig]] = MappingProxyType(
+    {config.kind: config for config in (StdlibConfig, TextConfig, SelfDistilledConfig)}
+)
+TOKENIZERS: Mapping[str, type[Config]] = MappingProxyType({config.kind: config for config in (BPEConfig, TargetTokenizerConfig)})
 
 __all__ = [
     "DATA",
@@ -23,7 +27,9 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "Loader",
+    "SelfDistilledConfig",
     "StdlibConfig",
+    "TargetTokenizerConfig",
     "TextConfig",
     "prepare",
 ]

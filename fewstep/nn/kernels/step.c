@@ -1,0 +1,310 @@
+/* The step of a stack of decoder blocks: x + attention(norm(x)), then x + MLP(norm(x)), for a few rows over caches of keys and
+ * values, all blocks in one parallel region whose threads meet between the stages.
+ *
+ * Rounding. What is stored has the activations' type: norms, projections, turned queries and keys, attention, activations and
+ * both sums are rounded once each; in between all is fp32. PyTorch's operators round more often within a norm, a turn and an
+ * activation.
+ *
+ * Order. Norms, turns and activations work on one row at a time in one fixed order, beside the panels of skinny.c and the columns
+ * of attention.c, which do not depend on one another either: so a row's result is bitwise the same alone or among others, on one
+ * thread or many.
+ *
+ * This file knows nothing of tensors or of trees. */
+#include "rows.h"
+#ifdef _OPENMP
+#include <sched.h>
+#include <stdatomic.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+enum { SPINS = 2000 }; /* looks at a meeting's state before a thread sleeps, so that the awaited one may have its core */
+enum { WORTH = 1 << 17 }; /* multiply-adds of a block below which a second thread costs more than it saves */
+
+typedef struct {
+    const void *weight;
+    const float *bias;
+    long in, out;
+} layer;
+
+typedef struct { /* one per layer of the model, made once */
+    layer qkv, out, up, down;
+    norm mixer, mlp, q, k;
+    long heads, kv_heads, head_width, window;
+    int gated;
+} block;
+
+typedef struct {
+    char *data;
+    long sides, bytes;
+} cache;
+
+typedef struct { /* one call */
+    const block *blocks, *end;
+    const cache *caches;
+    const scene *scene;
+    const view **views; /* per block */
+    const int64_t *angles;
+    long rows, width, slots;
+    int bf16;
+    enum form form, words; /* of activations; of those that panels read */
+    char *y, *projected, *more; /* the sum so far; qkv, gate and up; what is added to the sum */
+    float *normed, *mixed, *active, *scratch; /* words; `own` floats a thread */
+    long own;
+} work;
+
+typedef struct {
+#ifdef _OPENMP
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int round;
+    atomic_int asleep;
+#endif
+    int threads;
+} meeting;
+
+typedef struct {
+    const work *w;
+    meeting *at;
+    int thread, threads;
+} hand;
+
+/* Waits until all threads are here. */
+static void meet(const hand *h) {
+#ifdef _OPENMP
+    if (h->threads == 1) return;
+    const int round = atomic_load_explicit(&h->at->round, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&h->at->arrived, 1, memory_order_acq_rel) == h->threads - 1) {
+        atomic_store_explicit(&h->at->arrived, 0, memory_order_relaxed);
+        atomic_store(&h->at->round, round + 1);
+#ifdef __linux__
+        if (atomic_load(&h->at->asleep)) syscall(SYS_futex, &h->at->round, FUTEX_WAKE_PRIVATE, h->threads, NULL, NULL, 0);
+#endif
+        return;
+    }
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(&h->at->round, memory_order_acquire) != round) return;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    atomic_fetch_add(&h->at->asleep, 1);
+    while (atomic_load(&h->at->round) == round) {
+#ifdef __linux__
+        syscall(SYS_futex, &h->at->round, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
+#else
+        sched_yield();
+#endif
+    }
+    atomic_fetch_sub(&h->at->asleep, 1);
+#else
+    (void)h;
+#endif
+}
+
+static long start(const hand *h, long count) { return count * h->thread / h->threads; }
+static long stop(const hand *h, long count) { return count * (h->thread + 1) / h->threads; }
+
+static char *word_row(float *words, long row, long in) { return (char *)(words + row * skinny_pitch(in)); }
+
+static void end_row(const work *w, char *row, long in) { memset(row + in * size_of(w->words), 0, 2 * sizeof(float)); }
+
+/* Rows of the sum so far, normed, as words. */
+static void norm_rows(const hand *h, const norm *by) {
+    const work *w = h->w;
+    const long width = w->width;
+    for (long r = start(h, w->rows); r < stop(h, w->rows); r++) {
+        char *to = word_row(w->normed, r, width);
+        normalise(by, w->y + r * width * size_of(w->form), w->form, to, w->words, width);
+        end_row(w, to, width);
+    }
+    meet(h);
+}
+
+static void panels(const hand *h, const layer *l, const float *words, char *y, long first, long last) {
+    skinny_panels(l->weight, l->bias, words, y, h->w->rows, l->in, l->out, h->w->bf16, first, last);
+}
+
+/* Queries turned in place; keys turned and values as they are into the cache. */
+static void place_heads(const hand *h, const block *b, const cache *c) {
+    const work *w = h->w;
+    const scene *s = w->scene;
+    const long size = size_of(w->form), width = b->head_width * size, all_heads = b->heads + 2 * b->kv_heads;
+    float *wide = w->scratch + h->thread * w->own;
+    for (long i = start(h, w->rows * all_heads); i < stop(h, w->rows * all_heads); i++) {
+        const long row = i / all_heads, head = i % all_heads, sequence = row / s->queries, t = row % s->queries;
+        const char *cos = s->cos ? s->cos + w->angles[row] * width : NULL, *sin = s->cos ? s->sin + w->angles[row] * width : NULL;
+        const long slot = s->base + s->pending - s->queries + t, side = head - b->heads;
+        char *from = w->projected + i * width, *to = c->data + ((sequence * c->sides + side) * w->slots + slot) * width;
+        if (side < 0) turn(&b->q, from, cos, sin, from, b->head_width, w->form, wide);
+        else if (side < b->kv_heads) turn(&b->k, from, cos, sin, to, b->head_width, w->form, wide);
+        else memcpy(to, from, width);
+    }
+    meet(h);
+}
+
+static layout laid_out(const work *w, const block *b) {
+    const scene *s = w->scene;
+    const long width = b->head_width, row = (b->heads + 2 * b->kv_heads) * width, head = w->slots * width;
+    return (layout){
+        .batch = s->batch, .heads = b->heads, .kv_heads = b->kv_heads, .queries = s->queries, .keys = s->base + s->pending,
+        .width = width, .q_batch = s->queries * row, .q_head = width, .q_row = row,
+        .k_batch = 2 * b->kv_heads * head, .k_head = head, .k_row = width,
+        .v_batch = 2 * b->kv_heads * head, .v_head = head, .v_row = width,
+    };
+}
+
+static void mix(const hand *h, const block *b, const cache *c) {
+    const work *w = h->w;
+    const layout at = laid_out(w, b);
+    const long inner = b->out.in;
+    attention a = {.at = &at, .views = w->views[b - w->blocks], .form = w->form, .y_form = w->words};
+    a.q = w->projected;
+    a.k = c->data;
+    a.v = c->data + b->kv_heads * at.k_head * size_of(w->form);
+    a.y = (char *)w->mixed;
+    a.y_row = skinny_pitch(inner) * (long)sizeof(float) / size_of(w->words);
+    a.scale = 1.0f / sqrtf((float)b->head_width);
+    plan_attention(&a, h->threads);
+    attend_units(&a, start(h, a.units), stop(h, a.units), w->scratch + h->thread * w->own);
+    for (long r = start(h, w->rows); r < stop(h, w->rows); r++) end_row(w, word_row(w->mixed, r, inner), inner);
+    meet(h);
+}
+
+/* The sum so far += the layer of `words`, a thread's own outputs. */
+static void add(const hand *h, const layer *l, const float *words) {
+    const work *w = h->w;
+    const long all_panels = skinny_panel_count(l->out), first = start(h, all_panels), last = stop(h, all_panels);
+    panels(h, l, words, w->more, first, last);
+    const long from = first * 16, to = last * 16 < l->out ? last * 16 : l->out;
+    for (long r = 0; r < w->rows; r++) {
+        const long offset = (r * l->out + from) * size_of(w->form);
+        EACH(i, n, to - from)
+            store(w->y + offset, i, n, fetch(w->y + offset, i, n, w->form) + fetch(w->more + offset, i, n, w->form), w->form);
+    }
+    meet(h);
+}
+
+/* SwiGLU of gate and up, or the exact GELU, as words. */
+static void activate(const hand *h, const block *b) {
+    const work *w = h->w;
+    const long hidden = b->down.in, count = skinny_panel_count(hidden), first = start(h, count), last = stop(h, count);
+    panels(h, &b->up, w->normed, w->projected, first, last);
+    if (b->gated && hidden % 16 == 0) panels(h, &b->up, w->normed, w->projected, count + first, count + last);
+    else if (b->gated) { /* gate's last panel is up's first */
+        const long rest = skinny_panel_count(b->up.out) - count;
+        panels(h, &b->up, w->normed, w->projected, count + start(h, rest), count + stop(h, rest));
+        meet(h);
+    }
+    const long from = first * 16, to = last * 16 < hidden ? last * 16 : hidden;
+    for (long r = 0; r < w->rows; r++) {
+        const char *up = w->projected + (r * b->up.out + from) * size_of(w->form);
+        char *row = word_row(w->active, r, hidden), *y = row + from * size_of(w->words);
+        EACH(i, n, to - from) {
+            const vec x = fetch(up, i, n, w->form);
+            store(y, i, n, b->gated ? swish(x) * fetch(up, hidden + i, n, w->form) : gelu(x), w->words);
+        }
+        if (first < last && to == hidden) end_row(w, row, hidden);
+    }
+    meet(h);
+}
+
+static void run(const hand *h) {
+    const work *w = h->w;
+    for (const block *b = w->blocks; b < w->end; b++) {
+        const cache *c = w->caches + (b - w->blocks);
+        const long qkv = skinny_panel_count(b->qkv.out);
+        norm_rows(h, &b->mixer);
+        panels(h, &b->qkv, w->normed, w->projected, start(h, qkv), stop(h, qkv));
+        meet(h);
+        place_heads(h, b, c);
+        mix(h, b, c);
+        add(h, &b->out, w->mixed);
+        norm_rows(h, &b->mlp);
+        activate(h, b);
+        add(h, &b->down, w->active);
+    }
+}
+
+static void *take(char **memory, long bytes) {
+    char *taken = *memory;
+    *memory += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+static long more(long a, long b) { return a > b ? a : b; }
+
+/* Lays the call's memory out from `memory` on and returns its end; makes what blocks see where `memory` is real. */
+static char *lay_out(work *w, char *memory, int threads, int real) {
+    const scene *s = w->scene;
+    const long size = size_of(w->form), depth = w->end - w->blocks;
+    long widest = 0, mixed = 0, active = 0, own = 0;
+    w->views = take(&memory, depth * sizeof(view *));
+    for (const block *b = w->blocks; b < w->end; b++) {
+        const layout at = laid_out(w, b);
+        attention a = {.at = &at};
+        widest = more(widest, more(b->qkv.out, b->up.out));
+        mixed = more(mixed, skinny_pitch(b->out.in));
+        active = more(active, skinny_pitch(b->down.in));
+        for (int n = 1; n <= threads; n++) { /* the system may give fewer than asked for */
+            plan_attention(&a, n);
+            own = more(own, more(attention_memory(&a), b->head_width));
+        }
+        const long window = sight_window(s, b->window);
+        const block *same = w->blocks;
+        while (sight_window(s, same->window) != window) same++;
+        if (real && same < b) w->views[b - w->blocks] = w->views[same - w->blocks];
+        if (same < b) continue;
+        char *sight = take(&memory, sight_memory(s, window));
+        if (real) w->views[b - w->blocks] = look(s, window, sight);
+    }
+    w->own = (own + 31) / 16 * 16;
+    w->projected = take(&memory, w->rows * widest * size);
+    w->more = take(&memory, w->rows * w->width * size);
+    w->normed = take(&memory, w->rows * skinny_pitch(w->width) * sizeof(float));
+    w->mixed = take(&memory, w->rows * mixed * sizeof(float));
+    w->active = take(&memory, w->rows * active * sizeof(float));
+    w->scratch = take(&memory, threads * w->own * sizeof(float));
+    return memory;
+}
+
+static int threads_for(const work *w) {
+    long work_of_all = 0;
+    for (const block *b = w->blocks; b < w->end; b++)
+        work_of_all += b->qkv.in * b->qkv.out + b->out.in * b->out.out + b->up.in * b->up.out + b->down.in * b->down.out;
+    return forked || w->scene->threads < 1 || w->rows * work_of_all < (w->end - w->blocks) * WORTH ? 1 : w->scene->threads;
+}
+
+/* x and y [batch, queries, width], caches [batch, keys then values of kv_heads, slots, head_width], weights: all bf16 or all fp32.
+ * Returns 0; what of the scene is out of range, nothing written; or NO_MEMORY: the slots may have been written, y is undefined. */
+int run_steps(const block *blocks, const cache *caches, long depth, const scene *s, const void *x, void *y, long width, long slots,
+              int bf16) {
+    work w = {.blocks = blocks, .end = blocks + depth, .caches = caches, .scene = s, .rows = s->batch * s->queries, .width = width,
+              .slots = slots, .bf16 = bf16, .form = stored(bf16), .words = skinny_form(bf16), .y = y};
+    const int bad = check_scene(s), threads = threads_for(&w);
+    if (bad) return bad;
+    const long angles = (w.rows * (long)sizeof(int64_t) + 63) / 64 * 64;
+    char *memory = malloc(lay_out(&w, NULL, threads, 0) - (char *)NULL + angles + 64);
+    if (!memory) return NO_MEMORY;
+    int64_t *turns = (int64_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+    place(s, turns);
+    w.angles = turns;
+    for (long r = 0; s->cos && r < w.rows; r++)
+        if (turns[r] < 0) {
+            free(memory);
+            return BAD_POSITION;
+        }
+    lay_out(&w, (char *)turns + angles, threads, 1);
+    memcpy(y, x, w.rows * width * size_of(w.form));
+#ifdef _OPENMP
+    meeting at = {0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    run(&(hand){&w, &at, omp_get_thread_num(), omp_get_num_threads()});
+#else
+    run(&(hand){&w, NULL, 0, 1});
+#endif
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,111 @@
+"""Early exit: drafts are those of the truncated network, stops leave drawn nodes drawn, the output is plain decoding's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from exactness import cells, chi_square, draws, joint_law
+from test_decode_mtp import Spy, no_load, prompts_of
+from toys import TableModel
+
+from fewstep.core.mixer import Causal, Context
+from fewstep.core.recipe import parse
+from fewstep.decode.drafters.early_exit import EarlyExitConfig
+from fewstep.decode.drafters.silent import SilentConfig
+from fewstep.decode.generate import decode
+from fewstep.decode.laws import SamplingConfig
+from fewstep.decode.stream import Settings
+from fewstep.models.decoder import Decoder, DecoderConfig
+
+SETTINGS: Mapping[str, EarlyExitConfig] = {
+    "chain": EarlyExitConfig(layers=2),
+    "third": EarlyExitConfig(),
+    "tree": EarlyExitConfig(layers=1, branching=(3, 2, 1)),
+    "chosen": EarlyExitConfig(layers=2, branching=(2, 2), mode="chosen"),
+    "skip": EarlyExitConfig(layers=4, stride=2),
+    "stop": EarlyExitConfig(layers=2, branching=(1,) * 6, confidence=0.3),
+    "tree that stops": EarlyExitConfig(layers=2, branching=(2, 2, 1), confidence=0.3),
+}
+
+
+def shallow(seed: int, vocab: int = 11) -> Decoder:
+    """A random decoder of four blocks, the later ones weak, so that the first ones draft well."""
+    torch.manual_seed(seed)
+    values = {"vocab": vocab, "width": 16, "depth": 4, "query_heads": 2, "hidden": 24, "init_std": 0.5}
+    network = parse(DecoderConfig, values).build().double().eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.startswith(("blocks.2", "blocks.3")):
+                parameter *= 0.3
+    return network
+
+
+@torch.no_grad()
+def best_after(model: Decoder, layers: range, text: list[int]) -> tuple[int, float]:
+    """The truncated network's likeliest next token and its probability, by the parallel form."""
+    ctx = Context(torch.arange(len(text))[None], mask=Causal())
+    x = model.embed(torch.tensor([text]))
+    for i in layers:
+        x = model.blocks[i](x, ctx)[0]
+    law = model.unembed(model.norm(x[0, -1])).softmax(-1)
+    return int(law.argmax()), float(law.max())
+
+
+@pytest.mark.parametrize("name", ["chain", "stop"])
+def test_drafts_are_the_truncated_networks(name: str, seed: int) -> None:
+    model, config, layers = shallow(seed), SETTINGS[name], range(2)
+    prompt = prompts_of(seed, model.vocab, [7])[0]
+    spy = Spy(config.build(model, no_load))
+    out = decode(model, spy, [prompt], Settings(max_new_tokens=30))[0]
+    emitted = 1
+    for (nodes,), accepted in zip(spy.proposals, out.accepted, strict=True):
+        text, expected = prompt + out.tokens[:emitted], []
+        while len(expected) < min(len(config.branching), 30 - emitted - 1):
+            token, probability = best_after(model, layers, text + expected)
+            if probability < config.confidence:
+                break
+            expected.append(token)
+        assert nodes == [text[-1], *expected]
+        emitted += accepted + 1
+    assert len({len(nodes) for (nodes,) in spy.proposals}) > (1 if name == "stop" else 0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_greedy_is_plain_decoding(name: str, seed: int) -> None:
+    model = shallow(seed)
+    prompts = prompts_of(seed, model.vocab, [6, 1, 2, 12])
+    plain = decode(model, SilentConfig().build(model, no_load), prompts, Settings(max_new_tokens=20))
+    drafted = decode(model, SETTINGS[name].build(model, no_load), prompts, Settings(max_new_tokens=20))
+    assert [row.tokens for row in drafted] == [row.tokens for row in plain]
+    assert sum(sum(row.accepted) for row in drafted) > 0 and all(row.cost.draft_calls > 0 for row in drafted)
+
+
+@pytest.mark.parametrize("name", ["tree", "stop", "tree that stops"])
+def test_a_row_alone_is_the_row_in_a_batch(name: str, seed: int) -> None:
+    model = shallow(seed)
+    prompts = prompts_of(seed, model.vocab, [5, 1, 9])
+    drafter, sampling = SETTINGS[name].build(model, no_load), SamplingConfig(temperature=1.0, top_p=0.95)
+    together = decode(model, drafter, prompts, Settings(max_new_tokens=15), sampling=sampling, seed=seed)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = decode(model, drafter, [prompt], Settings(max_new_tokens=15), sampling=sampling, seed=seed)[0]
+        assert (alone.tokens, alone.accepted) == (row.tokens, row.accepted)
+
+
+@pytest.mark.parametrize("mode", ["drawn", "chosen"])
+@pytest.mark.parametrize("branching", [(1, 1, 1, 1), (2, 2)])
+def test_a_stop_leaves_the_law_of_the_target(branching: tuple[int, ...], mode: Any, seed: int) -> None:
+    target, prompt, config = TableModel(5, seed), (1, 2, 3, 1, 2, 4, 1, 2), SamplingConfig(temperature=1.0)
+    drafter = EarlyExitConfig(branching=branching, mode=mode, confidence=0.4).build(target, lambda path: target)
+    tokens = draws(target, drafter, prompt, config, range(seed, seed + 20_000), 4, budget=6)
+    law = joint_law(target.after, prompt, 5, 4, config)
+    assert chi_square(cells(tokens, 5), law) > 1e-6
+
+
+def test_refusals(seed: int) -> None:
+    model = shallow(seed)
+    for config in (EarlyExitConfig(layers=5), EarlyExitConfig(branching=(12,))):
+        with pytest.raises(ValueError, match=r"^drafter\.[^\n]*; [^\n]*$"):
+            config.build(model, no_load)
+    with pytest.raises(ValueError, match=r"^confidence=1.5: [^\n]*$"):
+        parse(EarlyExitConfig, {"confidence": 1.5})
