@@ -9,14 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fewstep.core.recipe import Config, parse, resolve
 from fewstep.hub.load import HEADS as RECORD
 from fewstep.hub.load import load, locate
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model, blank
-from fewstep.models.weights import check, distinct, fill, headers, read_json, write, write_texts
+from fewstep.models.weights import allocated, check, distinct, fill, headers, read_json, write, write_texts
 from fewstep.nn.heads import HEADS
 from fewstep.nn.packed import PackedModule, pack
 
@@ -47,10 +45,7 @@ def read_heads(directory: Path | str, target: Decoder) -> Decoder:
     stored = headers([directory / WEIGHTS])
     check(heads.state_dict(keep_vars=True), stored, str(directory / WEIGHTS))
     weight = target.embedding.weight
-    heads.load_state_dict(
-        {name: torch.empty(t.shape, dtype=weight.dtype, device=weight.device) for name, t in heads.state_dict().items()},
-        assign=True,
-    )
+    heads.load_state_dict(allocated(heads.state_dict(), weight.dtype, weight.device), assign=True)
     fill(heads.state_dict(keep_vars=True), stored)
     if any(isinstance(part, PackedModule) for part in target.modules()):
         pack(heads)

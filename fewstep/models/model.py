@@ -16,7 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 from fewstep.core.recipe import Config, resolve
 from fewstep.models.decoder import Decoder, DecoderConfig
-from fewstep.models.weights import Stored, check, distinct, fill, floating, headers, read_json, shards, write, write_texts
+from fewstep.models.weights import (
+    Stored,
+    allocated,
+    check,
+    distinct,
+    fill,
+    floating,
+    headers,
+    read_json,
+    shards,
+    write,
+    write_texts,
+)
 from fewstep.text.chat import ChatTemplate
 from fewstep.text.tokenizer import Tokenizer
 
@@ -70,8 +82,7 @@ def assemble(
     network = blank(config, source)
     check(named(network), stored, source)
     dtype = floating(stored) if dtype == "auto" else dtype_of(dtype)
-    empty = {name: torch.empty(tensor.shape, dtype=dtype, device=device) for name, tensor in network.state_dict().items()}
-    network.load_state_dict(empty, assign=True)
+    network.load_state_dict(allocated(network.state_dict(), dtype, device), assign=True)
     if config.tied:
         network.head.weight = network.embedding.weight
     fill(named(network), stored)

@@ -24,6 +24,8 @@ FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 )
 
+INTEGERS: Mapping[str, torch.dtype] = MappingProxyType({"I64": torch.int64, "BOOL": torch.bool})  # tables of token ids
+
 
 def shards(directory: Path, names: Sequence[str] = ("weights.safetensors", "model.safetensors")) -> list[Path]:
     """The safetensors files of a model directory: the first of `names` that exists, else the shards of its index.
@@ -68,8 +70,9 @@ class Stored:
 def headers(paths: Sequence[Path]) -> dict[str, Stored]:
     """What the files hold, by tensor name; no tensor is read.
 
-    Raises ValueError for a damaged or truncated file, a name in two files, a tensor of a type that is no plain float.
+    Raises ValueError for a damaged or truncated file, a name in two files, a tensor of a type that is no plain float or int64.
     """
+    known = {**FLOATS, **INTEGERS}
     stored: dict[str, Stored] = {}
     for path in paths:
         with _opened(path) as file:
@@ -77,12 +80,12 @@ def headers(paths: Sequence[Path]) -> dict[str, Stored]:
                 header = file.get_slice(name)
                 if name in stored:
                     raise ValueError(f"{path}: {name} is also in {stored[name].file.name}; remove the file that does not belong")
-                if header.get_dtype() not in FLOATS:
+                if header.get_dtype() not in known:
                     raise ValueError(
                         f"{path}: {name} is stored as {header.get_dtype()}; quantised weights are not supported, "
                         f"use a checkpoint in one of {', '.join(FLOATS)}"
                     )
-                stored[name] = Stored(path, tuple(header.get_shape()), FLOATS[header.get_dtype()])
+                stored[name] = Stored(path, tuple(header.get_shape()), known[header.get_dtype()])
     return stored
 
 
@@ -98,6 +101,8 @@ def check(own: Mapping[str, Tensor], stored: Mapping[str, Stored], source: str) 
             wanted, found = tuple(own[name].shape), stored[name].shape if name in stored else None
             if found not in (None, wanted):
                 raise ValueError(f"{source}: {name} has shape {found}, expected {wanted}; the weights belong to another config")
+            if found is not None and stored[name].dtype.is_floating_point != own[name].is_floating_point():
+                raise ValueError(f"{source}: {name} is stored as {stored[name].dtype}, expected {own[name].dtype}; convert it")
     unknown = sorted(stored.keys() - own.keys())
     if unknown:
         raise ValueError(
@@ -122,8 +127,17 @@ def fill(own: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
 
 
 def floating(stored: Mapping[str, Stored]) -> torch.dtype:
-    """The narrowest dtype that holds every stored tensor without loss."""
-    return reduce(torch.promote_types, {header.dtype for header in stored.values()})
+    """The narrowest floating-point dtype that holds every stored weight without loss; float32 if there is none."""
+    kinds = {header.dtype for header in stored.values() if header.dtype.is_floating_point}
+    return reduce(torch.promote_types, kinds or {torch.float32})
+
+
+def allocated(named: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+    """Memory for tensors like `named`: weights as `dtype`, tables of ids as they are."""
+    return {
+        name: torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+        for name, tensor in named.items()
+    }
 
 
 def distinct(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,9 +146,15 @@ def distinct(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path: Path, named: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Save `named` as `dtype` (None: as they are) at `path`, whole or not at all. Raises ValueError when the disk refuses."""
+    """Save `named` at `path`, its weights as `dtype` (None: as they are), whole or not at all.
+
+    Raises ValueError when the disk refuses.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    portable = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
+    portable = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in named.items()
+    }
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()

@@ -42,3 +42,12 @@ class Begins(Protocol):
     def begin(self, unembedding: Tensor) -> None:
         """Set the weights that training starts from; `unembedding` [V,D] is the trunk's. The others are drawn already."""
         ...
+
+
+@runtime_checkable
+class Restricts(Protocol):
+    """Heads that draft from the most frequent tokens alone, where their config says so."""
+
+    def restrict(self, counts: Tensor, unembedding: Tensor) -> None:
+        """Choose those tokens, by their `counts` [V] in the training data, and begin anew from the trunk's `unembedding`."""
+        ...

@@ -20,7 +20,7 @@ from fewstep.hub.heads import save_heads
 from fewstep.hub.load import load
 from fewstep.models.decoder import Decoder
 from fewstep.models.model import Model
-from fewstep.nn.ahead import HeadsConfig
+from fewstep.nn.ahead import HeadsConfig, Restricts
 from fewstep.nn.heads import HEADS
 from fewstep.nn.medusa import MedusaHeadsConfig
 from fewstep.recipes.acceptance import measure
@@ -102,6 +102,13 @@ def corpus_of(data: Config, target: Model | None, cache: Path, say: Callable[[st
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, _written(data, target).encode())
     return TextConfig(paths=(file,), held_out=data.held_out)
+
+
+def restrict(network: Decoder, dataset: Dataset) -> None:
+    """Let heads with a vocabulary of their own choose it from the training data."""
+    for heads in network.heads.values():
+        if isinstance(heads, Restricts) and any(parameter.requires_grad for parameter in heads.parameters()):
+            heads.restrict(dataset.counts(network.vocab), network.head.weight)
 
 
 def finish(

@@ -16,7 +16,7 @@ from fewstep.core.recipe import Recipe
 from fewstep.models.decoder import Decoder
 from fewstep.models.model import Model
 from fewstep.recipes import load_recipe
-from fewstep.recipes.drafting import corpus_of, finish, open_target
+from fewstep.recipes.drafting import corpus_of, finish, open_target, restrict
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.training.data import BPEConfig, DataConfig, Dataset, prepare
 from fewstep.training.plan import Plan
@@ -65,6 +65,8 @@ def train(
     target = open_target(recipe, device, plan.run.seed)
     dataset = _prepared(recipe, target, console.print)
     network = build_network(recipe, dataset, plan.run.seed).to(device) if target is None else target.network
+    if target is not None:
+        restrict(target.network, dataset)
     objective = sections["objective"].build()
     trainer = Trainer(
         network,

@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fewstep.core.objective import Batch
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.training.data.bpe import BPEConfig
@@ -61,6 +65,13 @@ class Dataset:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of validation text per token, end-of-text counted: bits per byte = nats per token / ln 2 / this."""
         return self.index.validation.bytes / self.index.validation.tokens
+
+    def counts(self, vocab: int) -> Tensor:
+        """[vocab] int64: how often each token occurs in the training part. Cost: reads it once."""
+        found = torch.zeros(vocab, dtype=torch.int64)
+        for shard in self._train:
+            found += torch.from_numpy(np.bincount(shard.tokens, minlength=vocab))
+        return found
 
     def train(self, batch: int, length: int, seed: int) -> Loader:
         """Training batches of `batch` rows of `length` tokens; see `Loader`."""
