@@ -32,6 +32,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {  # sizes that do and do not fill vec
         "hidden": 44,
         "mixers": [{"kind": "attention", "kv_heads": 2, "head_width": 18}],
     },
+    "wide": {  # enough work for threads even on one row, each of which norms it for itself
+        "depth": 2,
+        "init_std": 0.1,
+        "width": 160,
+        "query_heads": 3,
+        "hidden": 416,
+        "mixers": [{"kind": "attention", "kv_heads": 1, "head_width": 64}],
+    },
     "one-key-head": {
         "depth": 1,
         "width": 64,
@@ -71,7 +79,7 @@ class Stack:
         network = parse(DecoderConfig, {"vocab": 11, "init_std": 0.2, **SHAPES[shape]}).build()
         with torch.no_grad():
             for parameter in network.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                parameter.add_(0.2 * min(1.0, (64 / SHAPES[shape]["width"]) ** 0.5) * torch.randn_like(parameter))
         self.dtype, self.width = dtype, SHAPES[shape]["width"]
         self.blocks: Any = network.to(dtype).eval().requires_grad_(False).blocks
         self.steps = Steps([parts(block) for block in self.blocks])

@@ -8,8 +8,8 @@
  * This file knows nothing of tensors, of trees or of positions. */
 #include "rows.h"
 
-enum { BLOCK = 32, SUMS = 12 }; /* keys that all columns pass before the next ones; vectors of sums that a tile keeps in registers */
-enum { KEYS = 8 };              /* the most keys of a tile: scores are computed for up to that many rows beyond the last */
+enum { BLOCK = 32, KEYS = 8 }; /* keys that all columns pass before the next; the most of a tile, some of them beyond the last */
+enum { QUERIES = 3, SUMS = 12 }; /* the most columns of a tile; the most vectors of sums, as many as the registers hold */
 
 typedef struct { /* a thread's work: columns of kv heads first .. last-1 of sequence b, and its memory */
     const view *seen;
@@ -42,9 +42,9 @@ INLINE four sum_lanes(const vec *a) {
 }
 
 /* Sums [queries, keys] += products of channels e .. e+n-1; n < LANES at a row's end only. */
-INLINE void add_scores(const int queries, const int keys, const enum form form, const float *q, long padded, const char *const *rows,
-                       long e, long n, vec *sums) {
-    vec b[3];
+INLINE void add_scores(const int queries, const int keys, const enum form form, const float *q, long padded,
+                       const char *const *rows, long e, long n, vec *sums) {
+    vec b[QUERIES];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; i++) {
         b[i] = (vec)load(q + i * padded + e);
@@ -72,21 +72,21 @@ INLINE void score(const int queries, const int keys, const enum form form, const
     for (int i = 0; i < queries * keys; i += 4) {
         const four sums = sum_lanes(a + i);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) scores[(i % keys + j) * pitch + i / keys] = sums[j]; /* from the register: no detour by memory */
+        for (int j = 0; j < 4; j++) scores[(i % keys + j) * pitch + i / keys] = sums[j]; /* straight from the register */
     }
 }
 
-/* outputs [queries, vectors] += weights of `count` keys times their values, channels e .. e + vectors * LANES - 1, or n < LANES of them;
- * queries, vectors and the form are constants once inlined. */
+/* outputs [queries, vectors] += weights of `count` keys times their values from channel e on, of which a single vector takes n, fewer
+ * than LANES at a row's end; queries, vectors and the form are constants once inlined. */
 INLINE void gather(const int queries, const int vectors, const enum form form, const float *weights, long pitch,
                    const char *const *rows, long count, long e, long n, long padded, float *outputs) {
-    vec a[3][KEYS];
+    vec a[QUERIES][8];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) a[i][v] = (vec)load(outputs + i * padded + e + v * LANES);
     for (; count > 0; count--, rows++, weights += pitch) {
-        vec p[3];
+        vec p[QUERIES];
 #pragma GCC unroll 4
         for (int i = 0; i < queries; i++) p[i] = broadcast(weights + i);
 #pragma GCC unroll 8
@@ -104,7 +104,7 @@ INLINE void gather(const int queries, const int vectors, const enum form form, c
 }
 
 /* Columns for the next tile: threes fill the registers best. */
-static long together(long left) { return left == 4 ? 2 : left < 3 ? left : 3; }
+static long together(long left) { return left == 4 ? 2 : left < QUERIES ? left : QUERIES; }
 
 #define SCORE(wanted, keys) \
     for (long j = 0; queries == wanted && j < count; j += keys) \
@@ -124,8 +124,8 @@ INLINE void score_block(const enum form form, long columns, long padded, const f
         gather(wanted, vectors, form, weights, pitch, rows, count, e, width - e, padded, outputs);
 
 /* Outputs [columns, padded] += weights of a block's keys times their values. */
-INLINE void gather_block(const enum form form, long columns, long padded, const float *weights, long pitch, const char *const *rows,
-                         long count, long width, float *outputs) {
+INLINE void gather_block(const enum form form, long columns, long padded, const float *weights, long pitch,
+                         const char *const *rows, long count, long width, float *outputs) {
     for (long queries; columns > 0; columns -= queries, weights += queries, outputs += queries * padded) {
         queries = together(columns);
         long e = 0;
@@ -172,6 +172,7 @@ static void load_queries(const attention *a, const unit *u, long g) {
         const long c = u->column + i, head = g * (at->heads / at->kv_heads) + c / at->queries, t = c % at->queries;
         const char *q = a->q + (u->b * at->q_batch + head * at->q_head + t * at->q_row) * size_of(a->form);
         float *to = u->queries + i * a->padded;
+        if (a->prepare) a->prepare(a->owner, u->b * at->queries + t, head, to);
         memset(to + a->padded - LANES, 0, LANES * sizeof(float));
         EACH(e, n, at->width) store(to, e, n, fetch(q, e, n, a->form) * all(a->scale), FLOAT);
     }
@@ -187,8 +188,8 @@ static void store_outputs(const attention *a, const unit *u, long g) {
     }
 }
 
-/* Where the rows of `count` keys from the first-th seen one on lie, the last one repeated behind them; the block after them is on its
- * way meanwhile. */
+/* Where the rows of a block of keys from the first-th seen one on lie, the last one repeated behind them; returns how many. The
+ * block after it is on its way meanwhile. */
 static long find_rows(const attention *a, const unit *u, const char *base, long row, long first, const char **rows) {
     const int32_t *slots = u->seen->slots + first;
     const long bytes = row * size_of(a->form), used = a->at->width * size_of(a->form), left = u->seen->count - first;

@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import final
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 PATHS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {  # best first: the compiler flags of each instruction-set path
         "avx512bf16": ("-mavx512f", "-mavx512bf16", "-mtune=native"),
@@ -98,15 +99,22 @@ def _compile(flags: tuple[str, ...], target: Path) -> None:
     except OSError as error:
         raise BuildError(f"cache directory {target.parent}: {error.strerror}") from error
     os.close(handle)
-    files = [str(file) for file in _sources() if file.suffix == ".c"]
     try:
         try:
-            _run([*compiler(), *FLAGS, *flags, "-fopenmp", *files, "-o", partial])
+            _link([*compiler(), *FLAGS, *flags, "-fopenmp"], partial)
         except BuildError:  # a compiler without OpenMP builds a kernel of one thread
-            _run([*compiler(), *FLAGS, *flags, *files, "-o", partial])
+            _link([*compiler(), *FLAGS, *flags], partial)
         os.replace(partial, target)
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def _link(command: list[str], target: str) -> None:
+    """Compiles the files side by side, and makes one library of them."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = [(file, str(Path(folder) / f"{file.stem}.o")) for file in _sources() if file.suffix == ".c"]
+        list(pool.map(lambda pair: _run([*command, "-c", str(pair[0]), "-o", pair[1]]), made))
+        _run([*command, "-shared", *(to for _, to in made), "-o", target])
 
 
 def load(path: str) -> ctypes.CDLL:
@@ -122,7 +130,7 @@ def load(path: str) -> ctypes.CDLL:
         ValueError: a path this machine cannot run.
         BuildError: no compiler, a failed build, a cache that cannot be written, a library that does not load.
 
-    Cost: about 30 ms, and one to three seconds when it must compile.
+    Cost: about 30 ms, and a few seconds when it must compile.
     """
     if path not in paths():
         raise ValueError(f"kernel path {path!r} cannot run here: expected one of {', '.join(paths())}")

@@ -41,6 +41,8 @@ typedef struct {
     const layout *at;
     const view *views; /* one per sequence */
     const char *q, *k, *v;
+    void (*prepare)(const void *owner, long row, long head, float *wide); /* NULL, or makes a query ready before its only use */
+    const void *owner;
     char *y; /* tokens `y_row` elements apart */
     long y_row;
     enum form form, y_form;

@@ -26,7 +26,7 @@
 #endif
 
 enum { PANEL = 16, LINE = 64, VECTORS = PANEL / LANES, MAX_WIDTH = 4, BLOCK_ROWS = 48 };
-enum { CHUNK = 64, AHEAD = 32 };   /* lines: a panel's piece that tiles share in the first-level cache; prefetch distance */
+enum { CHUNK = 96, AHEAD = 32 };   /* lines: a panel's piece that tiles share in the first-level cache; prefetch distance */
 enum kind { F32, BF16, BF16_DOT }; /* fp32 weights; bf16 pairs widened to fp32; bf16 pairs dotted with bf16 pairs */
 
 typedef struct {
@@ -34,7 +34,7 @@ typedef struct {
     const float *bias, *x; /* x: the block's rows as words, `pitch` apart */
     char *y;
     long in, out, steps, pitch;
-    int rows, tiles;
+    int rows, tiles, least, larger; /* rows of a tile: `least`, the first `larger` of them one more */
     enum form y_form;
     enum kind kind;
 } job;
@@ -129,18 +129,18 @@ TILES(tile_dot, BF16_DOT)
 #define tile_dot tile_bf16
 #endif
 
-static void finish(const job *j, long first, int width, const float *sums) {
+INLINE void finish(const job *j, const enum form form, long first, long width, const float *sums) {
     const long count = j->out - first < width ? j->out - first : width;
     for (long r = 0; r < j->rows; r++, sums += width) {
-        char *to = j->y + (r * j->out + first) * size_of(j->y_form);
+        char *to = j->y + (r * j->out + first) * size_of(form);
         EACH(o, n, count) {
             const vec sum = (vec)load(sums + o);
-            store(to, o, n, j->bias ? sum + fetch(j->bias + first, o, n, FLOAT) : sum, j->y_form);
+            store(to, o, n, j->bias ? sum + fetch(j->bias + first, o, n, FLOAT) : sum, form);
         }
     }
 }
 
-static int tile_rows(const job *j, int t) { return j->rows / j->tiles + (t < j->rows % j->tiles); }
+static int tile_rows(const job *j, int t) { return j->least + (t < j->larger); }
 
 /* Panels for the next tile of so many rows: as many as it walks at once, the last ones in even groups. */
 static long group(int rows, long left) {
@@ -157,7 +157,8 @@ static void compute(const job *j, long first, long last) {
     for (long p = first, panels; p < last; p += panels) {
         panels = j->tiles == 1 ? group(j->rows, last - p) : 1;
         const char *w = j->weight + p * stride;
-        const long ahead = j->tiles > 1 ? CHUNK : AHEAD / panels, body = j->steps > ahead ? j->steps - ahead : j->steps;
+        const long ahead = j->tiles > 1 ? CHUNK : AHEAD / panels;
+        const long body = panels > 1 && j->steps > ahead ? j->steps - ahead : j->steps;
         memset(sums, 0, j->rows * panels * LINE);
         for (long s = 0, n; s < j->steps; s += n) {
             n = j->tiles > 1 ? CHUNK : s == 0 ? body : ahead;
@@ -167,7 +168,8 @@ static void compute(const job *j, long first, long last) {
                 advance(tile_rows(j, t), (int)panels, w + s * LINE, stride, next + t * n * pace, pace,
                         j->x + row * j->pitch + s * words, j->pitch, n, sums + row * panels * PANEL);
         }
-        finish(j, p * PANEL, (int)panels * PANEL, sums);
+        if (j->y_form == NARROW) finish(j, NARROW, p * PANEL, panels * PANEL, sums);
+        else finish(j, FLOAT, p * PANEL, panels * PANEL, sums);
     }
 }
 
@@ -213,6 +215,8 @@ enum form skinny_form(int bf16) { return !bf16 ? FLOAT : kind_of(1, 1) == BF16_D
 static void set_rows(job *j, long rows) {
     j->rows = (int)(rows < BLOCK_ROWS ? rows : BLOCK_ROWS);
     j->tiles = (j->rows + TILE_ROWS - 1) / TILE_ROWS;
+    j->least = j->rows / j->tiles;
+    j->larger = j->rows % j->tiles;
 }
 
 /* Panels first..last of a layer whose weight, words and results y [rows, out] are all bf16 or all fp32. */

@@ -22,7 +22,8 @@
 #endif
 
 enum { SPINS = 2000 }; /* looks at a meeting's state before a thread sleeps, so that the awaited one may have its core */
-enum { WORTH = 1 << 17 }; /* multiply-adds of a block below which a second thread costs more than it saves */
+enum { OWN_NORMS = 8 }; /* rows up to which every thread norms them all for itself */
+enum { WORTH = 1 << 18 }; /* multiply-adds of a block below which a second thread costs more than it saves */
 
 typedef struct {
     const void *weight;
@@ -111,36 +112,72 @@ static char *word_row(float *words, long row, long in) { return (char *)(words +
 
 static void end_row(const work *w, char *row, long in) { memset(row + in * size_of(w->words), 0, 2 * sizeof(float)); }
 
-/* Rows of the sum so far, normed, as words. */
-static void norm_rows(const hand *h, const norm *by) {
+/* Rows of the sum so far, normed, as words: of few rows each thread makes its own, which costs less than to meet. */
+static const float *norm_rows(const hand *h, const norm *by) {
     const work *w = h->w;
     const long width = w->width;
-    for (long r = start(h, w->rows); r < stop(h, w->rows); r++) {
-        char *to = word_row(w->normed, r, width);
-        normalise(by, w->y + r * width * size_of(w->form), w->form, to, w->words, width);
+    const int shared = w->rows > OWN_NORMS;
+    float *normed = w->normed + (shared ? 0 : h->thread * w->rows * skinny_pitch(width));
+    for (long r = shared ? start(h, w->rows) : 0; r < (shared ? stop(h, w->rows) : w->rows); r++) {
+        char *to = word_row(normed, r, width);
+        const char *from = w->y + r * width * size_of(w->form);
+        if (w->words == ROUNDED) normalise(by, from, NARROW, to, ROUNDED, width);
+        else normalise(by, from, w->form, to, w->words, width);
         end_row(w, to, width);
     }
-    meet(h);
+    if (shared) meet(h);
+    return normed;
 }
 
 static void panels(const hand *h, const layer *l, const float *words, char *y, long first, long last) {
     skinny_panels(l->weight, l->bias, words, y, h->w->rows, l->in, l->out, h->w->bf16, first, last);
 }
 
-/* Queries turned in place; keys turned and values as they are into the cache. */
+typedef struct {
+    const work *w;
+    const block *b;
+} turner;
+
+static const char *angle(const work *w, const char *table, long row, long bytes) {
+    return table ? table + w->angles[row] * bytes : NULL;
+}
+
+/* A query turned in place. */
+static void turn_query(const void *owner, long row, long head, float *wide) {
+    const turner *own = owner;
+    const work *w = own->w;
+    const block *b = own->b;
+    const long width = b->head_width * size_of(w->form);
+    char *q = w->projected + (row * (b->heads + 2 * b->kv_heads) + head) * width;
+    turn(&b->q, q, angle(w, w->scene->cos, row, width), angle(w, w->scene->sin, row, width), q, b->head_width, w->form, wide);
+}
+
+/* Whether every key and every value lies within the panels of one thread. */
+static int whole_heads(const hand *h, const block *b) {
+    const long count = skinny_panel_count(b->qkv.out);
+    for (int t = 1; t < h->threads; t++) {
+        const long cut = count * t / h->threads * 16 - b->heads * b->head_width;
+        if (cut > 0 && cut % b->head_width) return 0;
+    }
+    return 1;
+}
+
+/* Keys turned and values as they are into the cache: by the thread that made them, or shared out where their panels are. */
 static void place_heads(const hand *h, const block *b, const cache *c) {
     const work *w = h->w;
     const scene *s = w->scene;
-    const long size = size_of(w->form), width = b->head_width * size, all_heads = b->heads + 2 * b->kv_heads;
+    const long width = b->head_width * size_of(w->form), sides = 2 * b->kv_heads, all_panels = skinny_panel_count(b->qkv.out);
+    const int own = whole_heads(h, b);
     float *wide = w->scratch + h->thread * w->own;
-    for (long i = start(h, w->rows * all_heads); i < stop(h, w->rows * all_heads); i++) {
-        const long row = i / all_heads, head = i % all_heads, sequence = row / s->queries, t = row % s->queries;
-        const char *cos = s->cos ? s->cos + w->angles[row] * width : NULL, *sin = s->cos ? s->sin + w->angles[row] * width : NULL;
-        const long slot = s->base + s->pending - s->queries + t, side = head - b->heads;
-        char *from = w->projected + i * width, *to = c->data + ((sequence * c->sides + side) * w->slots + slot) * width;
-        if (side < 0) turn(&b->q, from, cos, sin, from, b->head_width, w->form, wide);
-        else if (side < b->kv_heads) turn(&b->k, from, cos, sin, to, b->head_width, w->form, wide);
-        else memcpy(to, from, width);
+    if (!own) meet(h);
+    for (long i = own ? 0 : start(h, w->rows * sides); i < (own ? w->rows * sides : stop(h, w->rows * sides)); i++) {
+        const long row = i / sides, side = i % sides, panel = (b->heads + side) * b->head_width / 16;
+        if (own && (panel < start(h, all_panels) || panel >= stop(h, all_panels))) continue;
+        const long slot = s->base + s->pending - s->queries + row % s->queries;
+        const char *from = w->projected + (row * (b->heads + sides) + b->heads + side) * width;
+        char *to = c->data + ((row / s->queries * c->sides + side) * w->slots + slot) * width;
+        if (side >= b->kv_heads) memcpy(to, from, width);
+        else turn(&b->k, from, angle(w, s->cos, row, width), angle(w, s->sin, row, width), to, b->head_width, w->form, wide);
     }
     meet(h);
 }
@@ -160,7 +197,10 @@ static void mix(const hand *h, const block *b, const cache *c) {
     const work *w = h->w;
     const layout at = laid_out(w, b);
     const long inner = b->out.in;
+    const turner owner = {w, b};
     attention a = {.at = &at, .views = w->views[b - w->blocks], .form = w->form, .y_form = w->words};
+    a.prepare = turn_query;
+    a.owner = &owner;
     a.q = w->projected;
     a.k = c->data;
     a.v = c->data + b->kv_heads * at.k_head * size_of(w->form);
@@ -188,14 +228,14 @@ static void add(const hand *h, const layer *l, const float *words) {
 }
 
 /* SwiGLU of gate and up, or the exact GELU, as words. */
-static void activate(const hand *h, const block *b) {
+static void activate(const hand *h, const block *b, const float *normed) {
     const work *w = h->w;
     const long hidden = b->down.in, count = skinny_panel_count(hidden), first = start(h, count), last = stop(h, count);
-    panels(h, &b->up, w->normed, w->projected, first, last);
-    if (b->gated && hidden % 16 == 0) panels(h, &b->up, w->normed, w->projected, count + first, count + last);
+    panels(h, &b->up, normed, w->projected, first, last);
+    if (b->gated && hidden % 16 == 0) panels(h, &b->up, normed, w->projected, count + first, count + last);
     else if (b->gated) { /* gate's last panel is up's first */
         const long rest = skinny_panel_count(b->up.out) - count;
-        panels(h, &b->up, w->normed, w->projected, count + start(h, rest), count + stop(h, rest));
+        panels(h, &b->up, normed, w->projected, count + start(h, rest), count + stop(h, rest));
         meet(h);
     }
     const long from = first * 16, to = last * 16 < hidden ? last * 16 : hidden;
@@ -216,14 +256,11 @@ static void run(const hand *h) {
     for (const block *b = w->blocks; b < w->end; b++) {
         const cache *c = w->caches + (b - w->blocks);
         const long qkv = skinny_panel_count(b->qkv.out);
-        norm_rows(h, &b->mixer);
-        panels(h, &b->qkv, w->normed, w->projected, start(h, qkv), stop(h, qkv));
-        meet(h);
+        panels(h, &b->qkv, norm_rows(h, &b->mixer), w->projected, start(h, qkv), stop(h, qkv));
         place_heads(h, b, c);
         mix(h, b, c);
         add(h, &b->out, w->mixed);
-        norm_rows(h, &b->mlp);
-        activate(h, b);
+        activate(h, b, norm_rows(h, &b->mlp));
         add(h, &b->down, w->active);
     }
 }
@@ -263,7 +300,7 @@ static char *lay_out(work *w, char *memory, int threads, int real) {
     w->own = (own + 31) / 16 * 16;
     w->projected = take(&memory, w->rows * widest * size);
     w->more = take(&memory, w->rows * w->width * size);
-    w->normed = take(&memory, w->rows * skinny_pitch(w->width) * sizeof(float));
+    w->normed = take(&memory, (w->rows > OWN_NORMS ? 1 : threads) * w->rows * skinny_pitch(w->width) * sizeof(float));
     w->mixed = take(&memory, w->rows * mixed * sizeof(float));
     w->active = take(&memory, w->rows * active * sizeof(float));
     w->scratch = take(&memory, threads * w->own * sizeof(float));

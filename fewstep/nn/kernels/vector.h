@@ -47,12 +47,6 @@ INLINE bits load(const void *p) {
     return v;
 }
 
-INLINE uint16_t to_bf16(float f) { /* to nearest, ties to even */
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return f != f ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 INLINE vec broadcast(const float *p) { return all(*p); }
 
 typedef int32_t mask __attribute__((vector_size(4 * LANES)));
