@@ -189,21 +189,20 @@ class PackedModules(PackedModule):
         tokens: Tensor,
         count: Tensor,
         states: Sequence[AttentionState],
-        carry: Sequence[Tensor],
+        carry: Tensor,
         branching: tuple[int, ...],
         budget: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `kernels.Modules`, over the modules' `states`; `carry` [B,1,D] is theirs but for the first."""
+        """As `kernels.Modules`, over the modules' `states`."""
         seats = []
-        for state, before in zip(states, (None, *carry), strict=True):
+        for state in states:
             assert state.caches is not None, "it was made where kernels are in use"
-            before = None if before is None else before.contiguous()
-            seats.append(kernels.Seat(state.caches, state.slots.lengths, state.slots.base, before))
+            seats.append(kernels.Seat(state.caches, state.slots.lengths, state.slots.base))
         turn, rope = None, self._rope[0]
         if rope is not None:
             room = hidden.shape[1] + len(branching)
             turn = rope.rows(max(seat.base for seat in seats) + room, hidden.device, hidden.dtype)
-        return self.draft(hidden, tokens, count, seats, branching, budget, turn)
+        return self.draft(kernels.Certain(hidden, tokens, count, carry), seats, branching, budget, turn)
 
 
 def pack(module: nn.Module) -> nn.Module:

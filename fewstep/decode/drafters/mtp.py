@@ -62,16 +62,16 @@ class MultiTokenConfig(DrafterConfig):
 class HeadsState:
     """Each head's cache, and the verified positions it has not seen: the tapped activations `fresh` [B,W,D], of which the last
     `count` [B] of a row are real, and the tokens that follow them but for the root, `tokens` [B,W-1]. `carry`: the last certain
-    output [B,1,D] of each module but the last (None before the first proposal; empty for parallel heads)."""
+    output of each module but the last, [M,B,1,D] (None before the first proposal, and for parallel heads)."""
 
     caches: tuple[State, ...]
     fresh: Tensor
     tokens: Tensor
     count: Tensor
-    carry: tuple[Tensor, ...] | None = None
+    carry: Tensor | None = None
 
     def fork(self, rows: Tensor) -> "HeadsState":
-        carry = None if self.carry is None else tuple(h[rows] for h in self.carry)
+        carry = None if self.carry is None else self.carry[:, rows]
         caches = tuple(cache.fork(rows) for cache in self.caches)
         return HeadsState(caches, self.fresh[rows], self.tokens[rows], self.count[rows], carry)
 
@@ -83,13 +83,13 @@ class HeadsState:
         tokens = torch.cat([functional.pad(s.tokens, (width - s.fresh.shape[1], 0)) for s in (self, other)])
         carry = None
         if self.carry is not None and other.carry is not None:
-            carry = tuple(torch.cat(pair) for pair in zip(self.carry, other.carry, strict=True))
+            carry = torch.cat([self.carry, other.carry], 1)
         caches = tuple(mine.join(theirs) for mine, theirs in zip(self.caches, other.caches, strict=True))
         return HeadsState(caches, fresh, tokens, torch.cat([self.count, other.count]), carry)
 
     def nbytes(self) -> int:
-        held = (self.fresh, self.tokens, self.count, *(self.carry or ()))
-        return sum(cache.nbytes() for cache in self.caches) + sum(tensor.nbytes for tensor in held)
+        carried = 0 if self.carry is None else self.carry.nbytes
+        return sum(cache.nbytes() for cache in self.caches) + self.fresh.nbytes + self.tokens.nbytes + self.count.nbytes + carried
 
 
 class _HeadsDrafter:
@@ -97,6 +97,7 @@ class _HeadsDrafter:
 
     def __init__(self, heads: SequentialHeads | ParallelHeads, target: Target, branching: tuple[int, ...], mode: Mode) -> None:
         self.taps: tuple[str, ...] = (heads.tap,)
+        self.prompt_taps: tuple[str, ...] = self.taps
         self.target, self.branching, self.mode = target, branching, mode
 
     def _begun(self, caches: Iterable[State], prompt: Tree, hidden: Mapping[str, Tensor]) -> HeadsState:
@@ -151,9 +152,10 @@ class SequentialDrafter(_HeadsDrafter):
                 parent = _hung(chain, tree)
                 reads = (parent + 1).clamp_(min=0)
                 if state.carry is None:  # nothing came before the prompt: module k starts k - 1 tokens later
-                    reads[:, :width] = torch.arange(width, device=reads.device)
                     count = (count - 1).clamp(min=0)
                     parent[:, :width], path = _chain(count, width)
+                    # padding reads nothing of another row's, also where it stands for the root of a prompt this short
+                    reads[:, :width] = torch.where(parent[:, :width] > -2, torch.arange(width, device=reads.device), 0)
                 before = torch.zeros_like(h[:, :1]) if state.carry is None else state.carry[k - 2]
                 h = torch.cat([before, h], 1)
             module = self.heads.module(k)
@@ -164,7 +166,8 @@ class SequentialDrafter(_HeadsDrafter):
             tree = grow(tree, nodes, handle.law(logits, tree, nodes), logits, branch, budget, self.mode, rng)
             level *= branch
             handle.charge(1)
-        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches), carry=tuple(carries))
+        carry = torch.stack(carries) if carries else h.new_empty(0, *h[:, :1].shape)
+        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches), carry=carry)
 
     def _at_once(self, packed: PackedModules, root: Tensor, state: HeadsState, budget: Tensor) -> tuple[Tree, HeadsState]:
         """The same as one call of a kernel, where the most likely tokens are drafted whatever the history."""
@@ -175,7 +178,7 @@ class SequentialDrafter(_HeadsDrafter):
         _, path = _chain(state.count, tokens.shape[1])
         caches = tuple(cache.reserve(None, tokens.shape[1]).commit(path, state.count) for cache in slotted)
         tree = cut(Tree(drafted, parent), int(budget.max()))
-        return tree, replace(state, caches=caches, carry=tuple(carry[:-1]))
+        return tree, HeadsState(caches, state.fresh, state.tokens, state.count, carry)
 
 
 @final
@@ -204,7 +207,7 @@ class ParallelDrafter(_HeadsDrafter):
             tree = grow(tree, nodes, handle.law(logits, tree, nodes), logits, branch, budget, self.mode, rng)
             level *= branch
             handle.charge(1)
-        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches), carry=())
+        return cut(tree, int(budget.max())), replace(state, caches=tuple(caches))
 
 
 def _aligned(x: Tensor, count: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ modules it stands for).
 from fewstep.nn.kernels.attention import attend
 from fewstep.nn.kernels.ends import Join, argmax
 from fewstep.nn.kernels.kernel import DTYPES, available
-from fewstep.nn.kernels.modules import Module, Modules, Seat
+from fewstep.nn.kernels.modules import Certain, Module, Modules, Seat
 from fewstep.nn.kernels.norm import rms_norm
 from fewstep.nn.kernels.parts import Gain, Parts
 from fewstep.nn.kernels.skinny import Packed, linear, pack
@@ -16,6 +16,7 @@ from fewstep.nn.kernels.step import Caches, Scene, Steps
 __all__ = [
     "DTYPES",
     "Caches",
+    "Certain",
     "Gain",
     "Join",
     "Module",

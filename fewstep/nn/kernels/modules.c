@@ -23,7 +23,6 @@ typedef struct { /* where a module stands */
     const void *cache; /* of step.c */
     const int64_t *lengths;
     long base, slots;
-    const void *carry; /* [batch, width]: what the module before made of the position before the certain ones */
 } seat;
 
 typedef struct {
@@ -33,12 +32,13 @@ typedef struct {
     const void *hidden;     /* [batch, certain, width] */
     const int64_t *tokens;  /* [batch, certain], the root's token last */
     const int64_t *count;   /* [batch]: how many of them are real, the last ones */
+    const char *carry;      /* [depth - 1, batch, width]: what each module but the last made of the position before them */
     const int64_t *budget;  /* [batch]: nodes at or beyond it are padding */
     const long *branching;  /* [depth] */
     const char *cos, *sin;
     long angles;
     int64_t *drafted, *parent; /* [batch, nodes] out */
-    char *carries;             /* [depth, batch, width] out: what each module made of the last certain position */
+    char *carries;             /* [depth - 1, batch, width] out: what each module but the last made of the last certain position */
     int bf16, threads;
 } draft;
 
@@ -136,10 +136,11 @@ int draft_tree(const module *modules, const seat *seats, const draft *d) {
         failed = evaluate(d, &k, modules + i, seats + i, count, i == 0);
         if (!failed) failed = sprout(d, &k, modules + i, count, level, d->branching[i]);
         for (long b = 0; b < d->batch && !failed; b++) {
+            if (i + 1 == d->depth) break;
             const char *made = k.made + b * count * pitch;
-            memcpy(d->carries + (i * d->batch + b) * pitch, made + (d->certain - 1) * pitch, pitch);
-            if (i + 1 == d->depth) continue;
-            memcpy(k.source + b * (count + 1) * pitch, (const char *)seats[i + 1].carry + b * pitch, pitch);
+            const long row = (i * d->batch + b) * pitch;
+            memcpy(d->carries + row, made + (d->certain - 1) * pitch, pitch);
+            memcpy(k.source + b * (count + 1) * pitch, d->carry + row, pitch);
             memcpy(k.source + (b * (count + 1) + 1) * pitch, made, count * pitch);
         }
         level *= d->branching[i];

@@ -31,13 +31,23 @@ class Module(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class Seat:
-    """Where a module stands: its cache, the committed tokens `lengths` [B] int64 there, the first free slot `base`, and the
-    `carry` [B,1,D], what the module before it made of the position before the new ones (None: there is no module before)."""
+    """Where a module stands: its cache, the committed tokens `lengths` [B] int64 there, and the first free slot `base`."""
 
     caches: Caches
     lengths: Tensor
     base: int
-    carry: Tensor | None
+
+
+@final
+class Certain(NamedTuple):
+    """What is known before a draft: the activations `hidden` [B,W,D] that the first module reads, of which the last `real` [B]
+    of a row are; the tokens that follow them, the tree's root last, int64 [B,W]; and `carry` [modules - 1,B,1,D], what each
+    module but the last made of the position before them."""
+
+    hidden: Tensor
+    tokens: Tensor
+    real: Tensor
+    carry: Tensor
 
 
 @final
@@ -50,7 +60,6 @@ class _Seat(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("cache", "lengths")),
         *((name, ctypes.c_long) for name in ("base", "slots")),
-        ("carry", ctypes.c_void_p),
     ]
 
 
@@ -60,7 +69,7 @@ class _Draft(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("batch", "certain", "width", "depth", "nodes")),
         ("table", ctypes.c_void_p),
         ("head", LayerStruct),
-        *((name, ctypes.c_void_p) for name in ("hidden", "tokens", "count", "budget", "branching", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "tokens", "count", "carry", "budget", "branching", "cos", "sin")),
         ("angles", ctypes.c_long),
         *((name, ctypes.c_void_p) for name in ("drafted", "parent", "carries")),
         *((name, ctypes.c_int) for name in ("bf16", "threads")),
@@ -94,6 +103,7 @@ class Modules:
                 f"table is {tuple(table.shape)} {table.dtype}, head {head.shape} {head.dtype}: expected the same, and modules of "
                 "their width and dtype, one block each, in panels"
             )
+        self._head = layer_struct(head)
         self._modules = (_Module * len(self.modules))(*(_module(module) for module in self.modules))
 
     def __reduce__(self) -> tuple[type["Modules"], tuple[tuple[Module, ...], Tensor, Packed]]:
@@ -101,91 +111,84 @@ class Modules:
 
     def __call__(
         self,
-        hidden: Tensor,
-        tokens: Tensor,
-        count: Tensor,
+        certain: Certain,
         seats: Sequence[Seat],
         branching: tuple[int, ...],
         budget: Tensor,
         turn: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tree that the modules draft greedily, and what each made of the last certain position.
+        """The tree that the modules draft greedily, and the next call's `carry`.
 
         Args:
-            hidden: [B,W,D], the activations that the first module reads; the last `count` [B] of a row are real.
-            tokens: int64 [B,W], the tokens that follow them, the tree's root last.
+            certain: what is known before.
             seats: of the modules used; their caches get the new keys and values behind `base`, W first, then the drafted.
             branching: children of each node, level by level; as many levels as seats.
             budget: int64 [B]; nodes at or beyond it are padding.
             turn: cosines and signed sines [R,E] by position; None: nothing turns.
 
-        Returns: tokens [B,N] and parents [B,N] as in `core.mixer.Tree`, breadth first, siblings by likelihood; [depth,B,1,D].
+        Returns: tokens [B,N] and parents [B,N] as in `core.mixer.Tree`, breadth first, siblings by likelihood; [modules-1,B,1,D].
 
         Raises: ValueError for shapes, dtypes or tokens that do not fit; MemoryError where memory is lacking.
         Cost: the modules' and per module the unembedding's bytes, while rows are few.
         """
-        kernel = default_kernel()
+        kernel, (batch, width, _) = default_kernel(), certain.hidden.shape
         nodes = level = 1
         for branch in branching:
             nodes += (level := level * branch)
-        shape = hidden.shape[0], hidden.shape[1], nodes
-        if kernel is None or not self._fit(hidden, tokens, (count, budget), seats, branching, shape):
+        if kernel is None or not self._fit(certain, budget, seats, branching, width - 1 + nodes):
+            shapes = [tuple(x.shape) for x in certain]
             raise ValueError(
-                f"hidden is {tuple(hidden.shape)} {hidden.dtype}, tokens {tuple(tokens.shape)}, branching {branching}, "
-                f"{len(seats)} seats: expected [B,W,{self.width}] {self.dtype}, [B,W], a level a seat and room for all nodes"
+                f"hidden, tokens, real, carry have shapes {shapes}, {certain.hidden.dtype}; branching {branching}, {len(seats)} "
+                f"seats: expected [B,W,{self.width}] {self.dtype}, [B,W], [B], [levels-1,B,1,{self.width}], a level a seat, room"
             )
-        made = (tokens.new_empty(2, shape[0], nodes), hidden.new_empty(len(seats), shape[0], 1, self.width))
-        kept = [x.contiguous() for x in (hidden, tokens, count, budget)]
+        drafted, parent = certain.tokens.new_empty(batch, nodes), certain.tokens.new_empty(batch, nodes)
+        carries = certain.hidden.new_empty(len(seats) - 1, batch, 1, self.width)
+        kept = [x.contiguous() for x in (*certain, budget)]
         levels = (ctypes.c_long * len(branching))(*branching)
         call = _Draft(
-            shape[0],
-            shape[1],
+            batch,
+            width,
             self.width,
             len(seats),
             nodes,
             self.table.data_ptr(),
-            layer_struct(self.head),
+            self._head,
             *(x.data_ptr() for x in kept),
             ctypes.addressof(levels),
             *((None, None, 0) if turn is None else (turn[0].data_ptr(), turn[1].data_ptr(), turn[0].shape[0])),
-            *(x.data_ptr() for x in (*made[0], made[1])),
+            drafted.data_ptr(),
+            parent.data_ptr(),
+            carries.data_ptr(),
             self.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
         structs = (self._modules, (_Seat * len(seats))(*map(_seat, seats)), call)
         code = kernel.draft_tree(*(ctypes.addressof(struct) for struct in structs))
         if code > 0:
-            raise ValueError(f"tokens={tokens.tolist()} or positions out of range (code {code}): give known tokens and room")
+            raise ValueError(
+                f"tokens={certain.tokens.tolist()} or positions out of range (code {code}): give known ones and room"
+            )
         if code:
-            raise MemoryError(f"no memory for the activations of {shape} rows and nodes: draft for fewer rows at a time")
-        return made[0][0], made[0][1], made[1]
+            raise MemoryError(f"no memory for the activations of {batch} rows: draft for fewer at a time")
+        return drafted, parent, carries
 
-    def _fit(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        numbers: tuple[Tensor, Tensor],
-        seats: Sequence[Seat],
-        branching: tuple[int, ...],
-        shape: tuple[int, int, int],
-    ) -> bool:
-        """Whether a call is whole; `shape`: rows, certain positions, nodes."""
-        batch, certain, nodes = shape
-        if hidden.shape[2:] != (self.width,) or hidden.dtype != self.dtype or tokens.shape != (batch, certain):
+    def _fit(self, certain: Certain, budget: Tensor, seats: Sequence[Seat], branching: tuple[int, ...], end: int) -> bool:
+        """Whether a call is whole; `end`: certain and drafted nodes of a row."""
+        hidden, tokens, real, carry = certain
+        batch, width, channels = hidden.shape
+        if channels != self.width or hidden.dtype != self.dtype or carry.dtype != self.dtype or tokens.shape != (batch, width):
             return False
-        if not len(seats) == len(branching) <= len(self.modules) or any(seat.carry is None for seat in seats[1:]):
+        if not 0 < len(seats) == len(branching) <= len(self.modules) or carry.shape != (len(seats) - 1, batch, 1, channels):
             return False
-        if any(x.shape != (batch,) or x.dtype != torch.int64 for x in numbers) or tokens.dtype != torch.int64:
+        if any(x.shape != (batch,) or x.dtype != torch.int64 for x in (real, budget)) or tokens.dtype != torch.int64:
             return False
-        return not any(map(self._unfit, self.modules, seats, repeat((batch, certain - 1 + nodes))))
+        return all(map(self._sits, self.modules, seats, repeat((batch, end))))
 
-    def _unfit(self, module: Module, seat: Seat, room: tuple[int, int]) -> bool:
-        """Whether a module cannot sit there, with `room` = (rows, nodes)."""
+    def _sits(self, module: Module, seat: Seat, room: tuple[int, int]) -> bool:
+        """Whether a module can sit there, with `room` = (rows, nodes)."""
         (batch, end), caches = room, seat.caches
-        if caches.batch != batch or caches.capacity < seat.base + end or seat.lengths.shape != (batch,):
-            return True
-        carried = seat.carry is None or (seat.carry.shape == (batch, 1, self.width) and seat.carry.is_contiguous())
-        return caches.dtype != self.dtype or caches.layouts != module.block.layouts or not carried
+        whole = caches.batch == batch and caches.capacity >= seat.base + end and seat.lengths.shape == (batch,)
+        return whole and caches.dtype == self.dtype and caches.layouts == module.block.layouts
 
 
 def _module(module: Module) -> _Module:
@@ -194,5 +197,4 @@ def _module(module: Module) -> _Module:
 
 
 def _seat(seat: Seat) -> _Seat:
-    carry = None if seat.carry is None else seat.carry.data_ptr()
-    return _Seat(seat.caches.address, seat.lengths.data_ptr(), seat.base, seat.caches.capacity, carry)
+    return _Seat(seat.caches.address, seat.lengths.data_ptr(), seat.base, seat.caches.capacity)
