@@ -68,6 +68,7 @@ def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
     drafter: Annotated[str, typer.Option(help="auto, a name of `fewstep systems`, or NAME=PATH.")] = "auto",
+    verification: Annotated[str, typer.Option(help="token, block (chains only) or typical (lossy).")] = "token",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to emit at most.")] = 64,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
@@ -77,34 +78,112 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     threads: Threads = 0,
 ) -> None:
-    """Continue a prompt. --set takes drafter.FIELD and sampling fields, e.g. --set top_p=0.9 --set drafter.branching=[2,1,1]."""
+    """Continue a prompt. --set takes drafter.FIELD, verification.FIELD and sampling fields, e.g. --set drafter.depth=4."""
     from fewstep.hub.load import load
     from fewstep.report.console import print_generation
 
     _use(threads)
     fields = _fields(set_)
-    drafting = {key.removeprefix("drafter."): value for key, value in fields.items() if key.startswith("drafter.")}
-    sampling = {key: value for key, value in fields.items() if not key.startswith("drafter.")}
-    asked = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+    drafting, judging = _within("drafter", fields), {"kind": verification, **_within("verification", fields)}
+    asked = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "verification": judging, **fields}
     text = sys.stdin.read() if prompt == "-" else prompt
     print_generation(load(model, device=device, dtype=dtype), text, drafter, drafting, asked, stats=stats)
 
 
 @app.command()
-def convert(
+def exactness(
     model: ModelName,
-    to: Annotated[str, typer.Option(help="The layout to write: hf or fewstep.")],
+    drafter: Annotated[str, typer.Option(help="auto, a name of `fewstep systems`, or NAME=PATH.")] = "auto",
+    verification: Annotated[str, typer.Option(help="token, block (chains only) or typical (lossy, so it fails).")] = "token",
+    temperature: Annotated[float, typer.Option(help="Of the sampled tests; above 0.")] = 1.0,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with a field `prompt`; default: held-out ones.")] = None,
+    count: Annotated[int, typer.Option(help="Prompts continued greedily; contexts are picked among twice as many.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of every greedy continuation.")] = 64,
+    set_: Set = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated; default: bfloat16 and float32.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("runs/exactness.json"),
+    threads: Threads = 0,
+) -> None:
+    """Certify that a drafter leaves a model's output as it is: sampled laws and greedy bits. Exit code 1 if it does not."""
+    from fewstep.hub.load import load
+    from fewstep.report.certificate import exactness_model
+
+    _use(threads)
+    fields = _fields(set_)
+    drafting, judging = _within("drafter", fields), {"kind": verification, **_within("verification", fields)}
+    promise, sampling = _within("test", fields), {"temperature": temperature, **fields}
+    models = [load(model, device=device, dtype=one) for one in dtype or ("bfloat16", "float32")]
+    asked = {"drafting": drafting, "judging": judging, "sampling": sampling, "promise": promise}
+    certificate = exactness_model(models, model, drafter, asked, prompts, count=count, new_tokens=max_new_tokens)
+    certificate.write(out)
+    typer.echo(str(out))
+    if not certificate.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    model: ModelName,
+    drafter: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated. Default: all it can run with.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; what is found serves any temperature above 0.")] = 0.0,
+    batch: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes of a drafted tree, its root included, at most.")] = 16,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with a field `prompt`; default: held-out ones.")] = None,
+    set_: Set = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Measure this machine and choose draft length and tree, or silence; `generate` uses it. --set takes drafter.FIELD."""
+    from fewstep.hub.load import load
+    from fewstep.report.tune import tune_model
+
+    _use(threads)
+    fields = _fields(set_)
+    drafting = _within("drafter", fields)
+    asked = {"temperature": temperature, "batch": batch, "nodes": nodes, **fields}
+    for path in tune_model(load(model, device=device, dtype=dtype), model, drafter or (), drafting, asked, prompts):
+        typer.echo(str(path))
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, heads for one, or a .pt or .bin file of weights.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The layout to write: hf, fewstep, safetensors, medusa, medusa-vllm, eagle, eagle3, speculators, mtp, mtp-qwen."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    target: Annotated[str | None, typer.Option(help="The model that heads serve; default: the one they name.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
 ) -> None:
-    """Write a model in another layout."""
-    from fewstep.hub.load import load
-    from fewstep.hub.save import save_hf
+    """Write a model, or heads for one, in another layout."""
+    from fewstep.hub.convert import convert as run
 
-    if to not in ("hf", "fewstep"):
-        raise ValueError(f"to={to!r}: not known; choose hf or fewstep")
-    loaded = load(model, dtype=dtype or "auto", packed=False)
-    save_hf(loaded, out) if to == "hf" else loaded.save(out)
+    run(model, to, out, target=target, dtype=dtype)
+    typer.echo(str(out))
+
+
+@app.command()
+def corpus(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="The folder to write; draft from it with --drafter retrieval=FOLDER.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FILES", help="Texts, JSONL, Parquet or folders; none: the standard library, if it trained the model."
+        ),
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="The files to take in folders.")] = "**/*.txt",
+) -> None:
+    """Write texts as a corpus that the retrieval drafter looks in, in the model's tokens."""
+    from fewstep.hub.load import load
+    from fewstep.recipes.corpus import write_texts
+
+    write_texts(load(model, packed=False), files or (), out, pattern=pattern)
     typer.echo(str(out))
 
 
@@ -114,6 +193,7 @@ def race_decode(
     prompts: Annotated[Path | None, typer.Option(help="JSONL with a field `prompt`; default: held-out ones.")] = None,
     drafter: Annotated[list[str] | None, typer.Option(help="Only these drafters; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to emit at most.")] = 64,
+    verification: Annotated[str, typer.Option(help="Run each drafter judged this way too: block or typical (lossy).")] = "token",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     rounds: Annotated[int, typer.Option(help="Times each entrant runs; the order alternates.")] = 3,
     count: Annotated[int, typer.Option(help="Prompts to use.")] = 16,
@@ -124,20 +204,15 @@ def race_decode(
     threads: Threads = 0,
 ) -> None:
     """Race the drafters over held-out prompts: same weights, dtype, threads and prompts, in alternating order."""
+    from fewstep.core.recipe import parse
     from fewstep.hub.load import load
     from fewstep.report.contest import RaceConfig
     from fewstep.report.race import race_decode_model
 
     _use(threads)
-    config = RaceConfig(
-        drafters=tuple(drafter or ()),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        rounds=rounds,
-        count=count,
-        batch=batch,
-        peers=peers,
-    )
+    asked = {"drafters": tuple(drafter or ()), "max_new_tokens": max_new_tokens, "verification": verification}
+    equal = {"temperature": temperature, "rounds": rounds, "count": count, "batch": batch, "peers": peers}
+    config = parse(RaceConfig, {**asked, **equal})
     race_decode_model(load(model, dtype=dtype), config, out, prompts, source=model)
 
 
@@ -170,6 +245,12 @@ def _fields(pairs: list[str] | None) -> dict[str, Any]:
         except ValueError:
             fields[key] = value
     return fields
+
+
+def _within(section: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The SECTION.FIELD among `fields` by field, taken out of them."""
+    found = [key for key in fields if key.startswith(f"{section}.")]
+    return {key.removeprefix(f"{section}."): fields.pop(key) for key in found}
 
 
 def _use(threads: int) -> None:

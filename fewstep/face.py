@@ -8,11 +8,12 @@ from fewstep.core.draft import Drafter
 from fewstep.core.recipe import parse
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.generate import Completion
-from fewstep.decode.text import GenerationConfig, Prompts, pick_drafter
+from fewstep.decode.text import GenerationConfig, Prompts
 from fewstep.decode.text import generate as generate_rows
 from fewstep.hub.heads import companion
 from fewstep.hub.load import load
 from fewstep.models.model import Model
+from fewstep.report.tuned import drafter_for
 
 
 def generate(
@@ -27,12 +28,14 @@ def generate(
 ) -> Completion | list[Completion]:
     """Continue `prompts` (a text, texts, token ids or a [B,T] tensor): one `Completion` for one text, else a list.
 
-    `drafter`: a name ("auto": the checkpoint's own heads, else prompt lookup), "draft_model=PATH" or "medusa=RUN", a config or a
+    `drafter`: a name ("auto": what `fewstep tune` found, else the checkpoint's own heads, else prompt lookup), "draft_model=PATH" or "medusa=RUN", a config or a
     drafter; the output never depends on it. `options`: any other field of `GenerationConfig` by name, e.g. {"top_p": 0.9,
     "stop": ["\\n\\n"]}.
     Raises ValueError for a bad option, an empty prompt or one that exceeds the context.
     """
     model = model if isinstance(model, Model) else load(model)
     fields = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, **(options or {})}
-    rows = generate_rows(model, prompts, pick_drafter(model, drafter, companion(model)), parse(GenerationConfig, fields))
+    config = parse(GenerationConfig, fields)
+    count = config.samples * (1 if isinstance(prompts, str) else len(prompts))
+    rows = generate_rows(model, prompts, drafter_for(model, drafter, count, config, companion(model)), config)
     return rows[0] if isinstance(prompts, str) and len(rows) == 1 else rows

@@ -10,9 +10,11 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
+from fewstep.core.draft import Verify
 from fewstep.core.random import CounterRng
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.stream import Settings, stream
+from fewstep.decode.verify import verify
 
 After = Callable[[list[int]], list[float]]  # a sequence -> the logits of its next token
 
@@ -64,7 +66,14 @@ def joint_law(after: After, prompt: Sequence[int], vocab: int, length: int, conf
 
 
 def draws(
-    target: Any, drafter: Any, prompt: Sequence[int], config: SamplingConfig, seeds: Sequence[int], length: int, budget: int = 16
+    target: Any,
+    drafter: Any,
+    prompt: Sequence[int],
+    config: SamplingConfig,
+    seeds: Sequence[int],
+    length: int,
+    budget: int = 16,
+    verify: Verify = verify,
 ) -> Tensor:
     """[len(seeds), length] the first tokens of one prompt's continuations, one per seed, in one batch.
 
@@ -73,9 +82,8 @@ def draws(
     tokens = torch.full((len(seeds), length + 2 * budget), -1)
     filled = torch.zeros(len(seeds), dtype=torch.int64)
     law, rng = config.build(len(seeds), target.vocab), CounterRng.seeded(seeds)
-    for event in stream(
-        target, drafter, [prompt] * len(seeds), law, rng, Settings(max_new_tokens=length + budget, budget=budget)
-    ):
+    settings = Settings(max_new_tokens=length + budget, budget=budget, verify=verify)
+    for event in stream(target, drafter, [prompt] * len(seeds), law, rng, settings):
         step = event.payload
         row, column = (torch.arange(step.tokens.shape[1]) < step.count.unsqueeze(1)).nonzero(as_tuple=True)
         tokens[step.rows[row], filled[step.rows[row]] + column] = step.tokens[row, column]

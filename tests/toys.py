@@ -124,7 +124,7 @@ class TableModel(nn.Module):
             above = torch.where(above >= 0, new.up(above), above)
         position = new.lengths.unsqueeze(1) + depth
         logits = self.table[position % _PERIOD, new.token(node), new.token(parent), new.token(grand)]
-        if layers is not None:  # early exit: a blunter law
+        if layers is not None and inputs is None:  # early exit: a blunter law
             logits = logits / 2
         hidden = {name: logits if name == "logits" else self.embed(tree.tokens) for name in taps}
         return Output(logits if need is None else logits.gather(1, need.unsqueeze(-1).expand(-1, -1, self.vocab)), hidden, new)

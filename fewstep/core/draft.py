@@ -1,6 +1,6 @@
 """Drafters, laws and verdicts: the three parties of speculative decoding. This file knows none of them by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar, final
 
@@ -22,6 +22,10 @@ class Verdict:
     path: Tensor
     keep: Tensor
     next: Tensor
+
+
+# the tree, the target's laws after its nodes, the row's random numbers -> what is kept: as `decode.verify.verify` describes
+Verify = Callable[[Tree, Tensor, Rng], Verdict]
 
 
 class Law(Rows, Protocol):
@@ -52,8 +56,17 @@ class Handle(Protocol):
     target: Target
     law: Law
 
-    def extend(self, tree: Tree, *, layers: range | None = None, taps: tuple[str, ...] = ()) -> Output:
+    def extend(
+        self, tree: Tree, *, layers: range | None = None, taps: tuple[str, ...] = (), need: Tensor | None = None
+    ) -> Output:
         """The target on draft nodes, from its committed state; the loop drops these nodes after the proposal."""
+        ...
+
+    def resume(self, layers: range, inputs: Tensor) -> None:
+        """Let verification run `layers` alone: the blocks before them ran every node of the tree to be proposed, in its order.
+
+        `inputs` [B,N,D]: what those blocks gave. The tokens, and with row-wise arithmetic every bit, are those of a whole call.
+        """
         ...
 
     def charge(self, calls: int) -> None:
@@ -67,10 +80,12 @@ S = TypeVar("S", bound=Rows)
 class Drafter(Protocol[S]):
     """Proposes a tree of continuations; exactness never depends on what it proposes, only on the tree telling the truth.
 
-    `taps` are the target activations it wants at every verified node. Its state `S` is kept per row.
+    `taps` are the target activations it wants at every verified node, `prompt_taps` those at every node of the prompt: most
+    drafters want the same of both ("logits" of a whole prompt are large). Its state `S` is kept per row.
     """
 
     taps: tuple[str, ...]
+    prompt_taps: tuple[str, ...]
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> S:
         """The state after the prompt: a ragged chain (padding -2) with the tapped activations [B,T,...] at its nodes.

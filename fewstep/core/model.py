@@ -68,7 +68,9 @@ class Target(Protocol):
         """Run `tree` as pending nodes after `state`.
 
         `need` [B,K] int64: the nodes (indices into `tree`) whose logits are wanted; None: all. `inputs` [B,N,D] replaces the
-        embedded tokens; `layers` runs only those blocks (early exit), and such nodes can only be rolled back. Raises ValueError
-        over capacity or `max_positions`.
+        embedded tokens; `layers` runs only those blocks (early exit), and such nodes can only be rolled back. With both, and
+        blocks before `layers`, the call resumes: those blocks gave `inputs` for the same nodes just before the last rollback and
+        have kept what they computed, so that the nodes can be committed. Raises ValueError over capacity or `max_positions`, or
+        for a state that cannot resume.
         """
         ...

@@ -25,7 +25,10 @@ def verify_block(tree: Tree, p: Tensor, rng: Rng) -> Verdict:
     order = torch.arange(tree.size, device=tree.tokens.device)
     valid = tree.parent == order - 1
     if not bool((valid | (tree.parent == -2)).all()) or bool((valid[:, 1:] & ~valid[:, :-1]).any()):
-        raise ValueError("tree.parent: branches; block verification takes chains with padding at their end, use verify for trees")
+        raise ValueError(
+            "tree.parent: branches; block verification takes chains with padding at their end: draft a chain, or judge trees "
+            "with verification='token'"
+        )
     if not p.is_floating_point() or tree.size == 1:
         return verify(tree, p, rng)
     pass_at, rest = passing(tree, p.double())

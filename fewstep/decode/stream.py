@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from fewstep.core.draft import Drafter, Law, Verdict
+from fewstep.core.draft import Drafter, Law, Verdict, Verify
 from fewstep.core.event import Cost, Event
 from fewstep.core.mixer import State, Tree
 from fewstep.core.model import Output, Target
@@ -35,12 +35,13 @@ class Finish(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What bounds the loop: tokens to emit (for all rows or row by row), the tokens that end a row (emitted, then nothing
-    more), the nodes a tree may have (root included), and whether the logits of emitted tokens are kept."""
+    more), the nodes a tree may have (root included), whether the logits of emitted tokens are kept, and who judges the trees."""
 
     max_new_tokens: int | Sequence[int] = 64
     eos: tuple[int, ...] = ()
     budget: int = 16
     keep_logits: bool = False
+    verify: Verify = verify
 
 
 @final
@@ -97,7 +98,7 @@ def stream(
         lease = _Lease(target, batch.law, batch.state)
         budget = batch.remaining.clamp(max=settings.budget)  # so no node lies deeper than the last token wanted
         tree, batch.drafts = drafter.propose(batch.root, batch.drafts, lease, budget, batch.draft_rng.at(batch.emitted()))
-        output = target.extend(tree, lease.release(), taps=drafter.taps)
+        output = target.extend(tree, lease.release(), taps=drafter.taps, inputs=lease.inputs, layers=lease.layers)
         assert output.logits is not None
         step, verdict = _decide(batch, tree, output.logits, settings, review, lease)
         batch.state = output.state.commit(verdict.path, verdict.keep)
@@ -118,8 +119,7 @@ def stream(
 @final
 @dataclass(slots=True)
 class _Batch:
-    """The rows still running: which request each is, its last token, the tokens it may emit and still has to, what is kept per
-    row; `eos` [E] is shared."""
+    """The rows still running: which request each is, its last token, the tokens it may emit and still has to, and its states."""
 
     rows: Tensor
     root: Tensor
@@ -130,7 +130,6 @@ class _Batch:
     law: Law
     draft_rng: Rng
     verify_rng: Rng
-    eos: Tensor
 
     def advance(self, step: Step, verdict: Verdict) -> bool:
         """Move the roots and drop the rows that finished, at one copy of the state; False when none is left."""
@@ -155,21 +154,31 @@ class _Batch:
 
 @final
 class _Lease:
-    """The loop's `Handle` for one proposal: draft nodes go on top of the target's state and are dropped by `release`."""
+    """The loop's `Handle` for one proposal: draft nodes go on top of the target's state and are dropped by `release`.
+
+    `layers`, `inputs`: what is left to run of the target, if the drafter ran its first blocks.
+    """
 
     def __init__(self, target: Target, law: Law, state: State) -> None:
         self.target, self.law = target, law
         self.calls = self.draft_calls = 0
+        self.layers: range | None = None
+        self.inputs: Tensor | None = None
         self._state, self._used = state, False
 
-    def extend(self, tree: Tree, *, layers: range | None = None, taps: tuple[str, ...] = ()) -> Output:
-        output = self.target.extend(tree, self._state, layers=layers, taps=taps)
+    def extend(
+        self, tree: Tree, *, layers: range | None = None, taps: tuple[str, ...] = (), need: Tensor | None = None
+    ) -> Output:
+        output = self.target.extend(tree, self._state, layers=layers, taps=taps, need=need)
         self._state, self._used = output.state, True
         if layers is None:  # the whole network: a call like any other
             self.calls += 1
         else:
             self.draft_calls += 1
         return output
+
+    def resume(self, layers: range, inputs: Tensor) -> None:
+        self.layers, self.inputs = layers, inputs
 
     def charge(self, calls: int) -> None:
         self.draft_calls += calls
@@ -222,7 +231,7 @@ def _begin(
     chain = prompt_chain(list(place), device)
     length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     empty = target.init_state(chain.batch, length + settings.budget, device=device, dtype=dtype)
-    first = prefill(target, chain, empty, drafter.taps)
+    first = prefill(target, chain, empty, drafter.prompt_taps)
     state, logits, drafts = first.state, first.logits, drafter.init(chain, first.hidden, length + 2 * settings.budget)
     if len(place) < len(prompts):
         source = torch.tensor([place[prompt] for prompt in prompts], device=device)
@@ -233,8 +242,7 @@ def _begin(
     root = chain.tokens.gather(1, before.unsqueeze(1))
     law = law.commit(chain, Verdict(order, before, root.squeeze(1)))  # the last prompt token joins as the root of the first tree
     rows, limit = torch.arange(len(prompts), device=device), torch.tensor(limits, device=device)
-    eos = torch.tensor(settings.eos, dtype=torch.int64, device=device)
-    batch = _Batch(rows, root.squeeze(1), limit, limit, state, drafts, law, rng.split("draft"), rng.split("verify"), eos)
+    batch = _Batch(rows, root.squeeze(1), limit, limit, state, drafts, law, rng.split("draft"), rng.split("verify"))
     return batch, Tree(root, torch.full_like(root, -1)), logits.unsqueeze(1)
 
 
@@ -244,26 +252,33 @@ def _decide(
     """Verify the tree and count what it emits; without a lease it is the end of the prompts."""
     p = batch.law(logits, tree)
     # a greedy verdict draws nothing, and moving the generator is not free
-    verdict = verify(tree, p, batch.verify_rng.at(batch.emitted()) if p.is_floating_point() else batch.verify_rng)
+    verdict = settings.verify(tree, p, batch.verify_rng.at(batch.emitted()) if p.is_floating_point() else batch.verify_rng)
     count, tokens, nodes = verdict.keep, verdict.next.unsqueeze(1), verdict.keep
     if tree.size > 1:
-        width = int(count.max())
-        accepted = tree.tokens.gather(1, verdict.path[:, 1:width])
-        tokens = torch.cat([accepted, tokens], 1).scatter(1, count.unsqueeze(1) - 1, tokens)
+        kept = count.tolist()
+        width = max(kept)
+        tokens = torch.cat([tree.tokens.gather(1, verdict.path[:, 1:width]), tokens], 1)
+        if min(kept) < width:
+            tokens = tokens.scatter(1, count.unsqueeze(1) - 1, verdict.next.unsqueeze(1))
         nodes = tree.valid.sum(1)
-    batch.remaining = batch.remaining - count
+    batch.remaining, drafted = batch.remaining - count, count - 1
     finish = (batch.remaining <= 0) * int(Finish.LENGTH)
-    if settings.eos:
-        ends = torch.isin(tokens, batch.eos) & (torch.arange(tokens.shape[1], device=tokens.device) < count.unsqueeze(1))
-        ended = ends.any(1)
-        count = torch.where(ended, ends.to(torch.uint8).argmax(1) + 1, count)
-        finish = torch.where(ended, int(Finish.EOS), finish)
-    kept = None
+    if settings.eos and any(ends := _ends(tokens, count, settings.eos)):
+        until = count.new_tensor(ends)
+        count, drafted = torch.where(until > 0, until, count), torch.where(until > 0, torch.minimum(drafted, until), drafted)
+        finish = torch.where(until > 0, int(Finish.EOS), finish)
+    read = None
     if settings.keep_logits:
-        kept = logits.gather(1, verdict.path[:, : tokens.shape[1]].unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-    drafted = torch.minimum(verdict.keep - 1, count)
+        read = logits.gather(1, verdict.path[:, : tokens.shape[1]].unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
     if lease is None:
-        step = Step(batch.rows, tokens, count, drafted, torch.zeros_like(nodes), finish, 0, 0, kept)
+        step = Step(batch.rows, tokens, count, drafted, torch.zeros_like(nodes), finish, 0, 0, read)
     else:
-        step = Step(batch.rows, tokens, count, drafted, nodes, finish, 1 + lease.calls, lease.draft_calls, kept)
+        step = Step(batch.rows, tokens, count, drafted, nodes, finish, 1 + lease.calls, lease.draft_calls, read)
     return (step if review is None else review(step)), verdict
+
+
+def _ends(tokens: Tensor, count: Tensor, eos: tuple[int, ...]) -> list[int]:
+    """For each row the number of tokens up to its first end token, that one included; 0 if none is among its first `count`."""
+    # by the host: two small transfers, where tensors take some ten operators
+    rows = zip(tokens.tolist(), count.tolist(), strict=True)
+    return [next((i for i, token in enumerate(row[:kept], 1) if token in eos), 0) for row, kept in rows]

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost, Event
-from fewstep.core.recipe import lookup, parse
+from fewstep.core.recipe import choice, lookup, parse
 from fewstep.decode.drafters import DRAFTERS
 from fewstep.decode.drafters.config import DrafterConfig, Load
 from fewstep.decode.generate import Completion, Transcripts, requests
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.narrate import Narrator, Piece
 from fewstep.decode.stream import Settings
+from fewstep.decode.verification import VERIFICATIONS, TokenVerificationConfig, VerificationConfig
 from fewstep.models.model import Model
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -30,6 +31,8 @@ class GenerationConfig(SamplingConfig):
 
     `max_new_tokens` per row; `stop` strings end a text and are no part of it; `samples` continuations per prompt; `budget`: nodes
     of a drafted tree, its root included; `ignore_eos` goes on past end-of-text (to compare speeds); `keep_logits` returns them.
+    `verification`: "token", "block" (for drafted chains), or "typical", which is lossy: the text does not have the
+    model's law.
     """
 
     max_new_tokens: int = Field(64, ge=1)
@@ -39,6 +42,12 @@ class GenerationConfig(SamplingConfig):
     budget: int = Field(16, ge=1)
     ignore_eos: bool = False
     keep_logits: bool = False
+    verification: choice(lambda: VERIFICATIONS, "verification") = TokenVerificationConfig()  # type: ignore[valid-type]
+
+    @property
+    def judged(self) -> VerificationConfig:
+        """How drafts are judged."""
+        return cast(VerificationConfig, self.verification)
 
 
 def pick_drafter(
@@ -85,6 +94,7 @@ class Generation:
             eos=() if config.ignore_eos else model.eos_ids,
             budget=config.budget,
             keep_logits=config.keep_logits,
+            verify=config.judged.build(),
         )
         self._events = requests(
             model.network,

@@ -11,6 +11,7 @@ PATTERNS = (
     "model.safetensors",
     "model-*.safetensors",
     "weights.safetensors",
+    "medusa_lm_head.safetensors",
     "fewstep/heads.safetensors",
 )
 

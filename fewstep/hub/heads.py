@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.recipe import Config, parse, resolve
+from fewstep.hub.drafters import is_foreign, read_drafter
 from fewstep.hub.load import HEADS as RECORD
 from fewstep.hub.load import load, locate
+from fewstep.hub.pickles import SUFFIXES, refusal
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model, blank
 from fewstep.models.weights import allocated, check, distinct, fill, headers, read_json, write, write_texts
@@ -56,12 +58,23 @@ def companion(model: Model) -> Callable[[str], Decoder]:
     """How a drafter of `model` gets what it names by path: heads for that model, or a second model of its device and dtype."""
 
     def fetch(path: str) -> Decoder:
-        directory = locate(path)
-        if (directory / RECORD).is_file():
-            return read_heads(directory, model.network)
-        return load(path, device=str(model.device), dtype=model.dtype).network
+        found = beside(path, model.network)
+        return found or load(path, device=str(model.device), dtype=model.dtype).network
 
     return fetch
+
+
+def beside(path: str | Path, target: Decoder) -> Decoder | None:
+    """The heads for `target` in the directory or hub id `path`, in our layout or another project's; None if it holds none.
+
+    Raises ValueError for what `read_heads` and `read_drafter` refuse, and for a pickle.
+    """
+    if Path(path).suffix in SUFFIXES and Path(path).is_file():
+        raise refusal(Path(path))
+    directory = locate(path)
+    if (directory / RECORD).is_file():
+        return read_heads(directory, target)
+    return read_drafter(directory, target) if is_foreign(directory) else None
 
 
 def _checked(record: dict[str, Any], directory: Path, target: Decoder) -> Config:

@@ -1,13 +1,12 @@
-"""A network's tensors under a family's names. This file knows what is fused here; what a family calls it stands in its table."""
+"""A network's tensors under the names of others. This file knows what is fused here, tables what others call it."""
 
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.hub.families import Family
 from fewstep.models.decoder import Decoder
-from fewstep.nn.blocks import Block
 from fewstep.nn.mixers.attention import Attention
 
 HEADS = "extra."
@@ -27,7 +26,7 @@ def family_names(network: Decoder, family: Family) -> dict[str, Tensor]:
             continue
         module, _, leaf = name.rpartition(".")
         parts = _parts(module, family)
-        for part, piece in zip(parts, _split(tensor, _shares(network, module, len(parts))), strict=True):
+        for part, piece in zip(parts, pieces(network, module, tensor, len(parts)), strict=True):
             named[f"{part}.{leaf}"] = piece
     return named
 
@@ -38,18 +37,14 @@ def _parts(module: str, family: Family) -> list[str]:
     return [part.format(layer=layer) for part in family.tensors[f"{stack}.{inner}" if inner else module]]
 
 
-def _shares(network: Decoder, module: str, parts: int) -> list[int]:
-    """How the rows of a fused tensor divide: queries, keys and values by their heads, everything else evenly."""
-    if parts == 1 or not module.endswith(".mixer.qkv"):
-        return [1] * parts
-    block = cast(Block, network.blocks[int(module.split(".")[1])])
-    mixer = cast(Attention, block.mixer)
-    return [mixer.heads, mixer.kv_heads, mixer.kv_heads]
-
-
-def _split(tensor: Tensor, shares: list[int]) -> list[Tensor]:
-    if len(shares) == 1:
+def pieces(network: nn.Module, module: str, tensor: Tensor, parts: int) -> list[Tensor]:
+    """The rows of a `tensor` of `module` as `parts` views: queries, keys and values by their heads, everything else evenly."""
+    if parts == 1:
         return [tensor]  # itself, so that a tied tensor stays recognisable
+    shares = [1] * parts
+    if module.endswith(".mixer.qkv"):
+        mixer = cast(Attention, network.get_submodule(module.removesuffix(".qkv")))
+        shares = [mixer.heads, mixer.kv_heads, mixer.kv_heads]
     unit = tensor.shape[0] // sum(shares)
     with torch.no_grad():
         return list(tensor.split([share * unit for share in shares]))

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,30 @@ def save_hf(
     into a file of their own that `load` reads back. Cost: the memory of one shard. Raises ValueError for a decoder that no family
     can say, a directory in use, a full disk.
     """
-    directory = Path(directory).resolve()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise ValueError(f"directory={str(directory)!r}: in use; choose a new or empty one")
     saved = model.dtype if dtype is None else dtype_of(dtype)
-    family, values = _config(model, saved)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing(directory) as partial:
+        family, values = _config(model, saved)
         named = distinct(family_names(model.network, family))
         heads = {name: named.pop(name) for name in [*named] if name.startswith(HEADS)}
         _write_weights(partial, named, saved, shard_bytes)
         if heads:
             write(partial / HEADS_FILE, heads, saved)
         write_texts(partial, {GENERATION: _json(_ends(model)), **model.texts(), CONFIG: _json(values)})
+
+
+@contextmanager
+def appearing(directory: Path | str) -> Iterator[Path]:
+    """A folder to write into that becomes `directory` when the body ends; if it raises, nothing is left.
+
+    Raises ValueError for a directory in use, or when the disk refuses.
+    """
+    directory = Path(directory).resolve()
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ValueError(f"directory={str(directory)!r}: in use; choose a new or empty one")
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
         if directory.exists():
             directory.rmdir()
         partial.rename(directory)

@@ -180,7 +180,10 @@ class Decoder(nn.Module):
             if longest > self.max_positions:
                 raise ValueError(f"max_positions={self.max_positions}: {longest} asked for; shorten the prompt or the tree")
         x = self.embed(tree.tokens) if inputs is None else inputs
-        if self.position.embeds:
+        resumed = inputs is not None and layers is not None and layers.start > 0
+        if resumed and not stack.slotted:
+            raise ValueError(f"layers={layers}: a block before them cannot take up dropped nodes; run them all (reuse=false)")
+        if self.position.embeds and not resumed:
             positions = slots.index[:, -tree.size :] if positions is None else positions
             x = self.position.embed(x, positions)
         ctx = Context(positions, parent=tree.parent, mask=mask or Causal())

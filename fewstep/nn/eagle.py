@@ -43,7 +43,8 @@ class Eagle3HeadsConfig(HeadsConfig):
     """EAGLE-3's network: the inputs of three trunk `layers` fused, and a vocabulary of its own.
 
     `layers` count from 0, and the trunk's depth stands for the output of its last block; None: 2, depth // 2 and depth - 3.
-    `draft_vocab`: tokens that can be drafted; None, or more than the trunk has: all of them.
+    `draft_vocab`: tokens that can be drafted; None, or more than the trunk has: all of them. `norm_before_residual`: what
+    attention adds to is the normed input, as some trainers have it.
     """
 
     kind: ClassVar[str] = "eagle3"
@@ -52,6 +53,7 @@ class Eagle3HeadsConfig(HeadsConfig):
 
     layers: tuple[int, int, int] | None = None
     draft_vocab: int | None = Field(default=None, ge=2)
+    norm_before_residual: bool = False
 
     @model_validator(mode="after")
     def _in_order(self) -> "Eagle3HeadsConfig":
@@ -64,7 +66,9 @@ class Eagle3HeadsConfig(HeadsConfig):
         if not all(0 <= layer <= trunk_depth for layer in layers):
             raise ValueError(f"layers={layers}: the trunk has the layers 0 .. {trunk_depth}; name three of those")
         taps = tuple("embed" if layer == 0 else f"layer.{layer - 1}" for layer in layers)
-        return Eagle3Heads(taps, width, vocab, min(vocab, self.draft_vocab or vocab), make_block())
+        heads = Eagle3Heads(taps, width, vocab, min(vocab, self.draft_vocab or vocab), make_block())
+        heads.norm_before_residual = self.norm_before_residual
+        return heads
 
 
 class EagleNetwork(nn.Module):
@@ -185,6 +189,7 @@ class Eagle3Heads(EagleNetwork):
 
     def __init__(self, taps: tuple[str, ...], width: int, vocab: int, draft_vocab: int, block: Block) -> None:
         super().__init__(taps, width, vocab, block)
+        self.norm_before_residual = False
         self.fc = nn.Linear(len(taps) * width, width, bias=False)
         old = self.attention.qkv  # the one layer of attention that sees how wide its input is
         self.attention.qkv = nn.Linear(2 * width, old.out_features, bias=old.bias is not None)
@@ -226,7 +231,8 @@ class Eagle3Heads(EagleNetwork):
         return self.fc(features)
 
     def opened(self, hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden, torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], -1)
+        normed = self.hidden_norm(hidden)
+        return normed if self.norm_before_residual else hidden, torch.cat([self.embed_norm(embedded), normed], -1)
 
     def logits(self, h: Tensor, unembed: Unembed) -> Tensor:
         return self.head(self.norm(h))

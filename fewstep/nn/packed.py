@@ -12,7 +12,7 @@ from fewstep.core.position import NoPosition
 from fewstep.nn import kernels
 from fewstep.nn.blocks import Block
 from fewstep.nn.heads import SequentialHeads, SequentialModule
-from fewstep.nn.mixers.attention import Attention, AttentionState, few
+from fewstep.nn.mixers.attention import FEW, Attention, AttentionState, few
 from fewstep.nn.position import Rope
 from fewstep.nn.slots import Slots
 from fewstep.nn.stack import Stack
@@ -99,7 +99,8 @@ class PackedNorm(PackedModule):
 class PackedBlocks(PackedModule):
     """`extend` of a few tokens through blocks, one after another, as one call of the kernel.
 
-    It shares the weights of the blocks' packed modules. `ctx.shared` key: ("scene", slot table), the kernel's view of the call.
+    It shares the weights of the blocks' packed modules. `ctx.shared` key: ("scene", slot table), the kernel's
+    views of the call.
     """
 
     def __init__(self, parts: Sequence[kernels.Parts], rope: Rope | None, nbytes: int) -> None:
@@ -121,7 +122,7 @@ class PackedBlocks(PackedModule):
     def takes(self, x: Tensor, ctx: Context, caches: kernels.Caches | None) -> bool:
         """Whether the call is one for the kernel. Depends on no other row of the batch."""
         fits = caches is not None and x.dtype == self.steps.dtype == caches.dtype and isinstance(ctx.mask, Causal | Window)
-        return fits and few(x, x.shape[1]) and not torch.compiler.is_compiling()
+        return fits and _ours(x) and not torch.compiler.is_compiling()
 
     def forward(
         self, x: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots, first: int = 0, last: int | None = None
@@ -129,8 +130,12 @@ class PackedBlocks(PackedModule):
         """x [B,T,D], the last pending nodes of `slots`, through blocks first .. last-1; keys and values go to `caches`."""
         key = ("scene", slots)
         if key not in ctx.shared:
-            ctx.shared[key] = self._scene(x, ctx, slots)
-        return self.steps(x, caches, ctx.shared[key], first, last)
+            ctx.shared[key] = self._scenes(x, ctx, slots)
+        scenes: list[kernels.Scene] = ctx.shared[key]
+        if len(scenes) == 1:
+            return self.steps(x, caches, scenes[0], first, last)
+        pieces = x.split(scenes[0].count, 1)
+        return torch.cat([self.steps(piece, caches, scene, first, last) for piece, scene in zip(pieces, scenes, strict=True)], 1)
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """`Block.extend` where the blocks are one."""
@@ -138,13 +143,22 @@ class PackedBlocks(PackedModule):
         assert state.caches is not None
         return self(x, ctx, state.caches, state.slots), state
 
-    def _scene(self, x: Tensor, ctx: Context, slots: Slots) -> kernels.Scene:
-        rope, turn = self.rope, None
-        if rope is not None:
-            count = slots.end if ctx.positions is None else int(ctx.positions.max()) + 1
-            turn = rope.rows(count, x.device, x.dtype)
+    def _scenes(self, x: Tensor, ctx: Context, slots: Slots) -> list[kernels.Scene]:
+        """The call, or many tokens in pieces that fit the caches."""
+        (batch, count, _), positions, parent = x.shape, ctx.positions, slots.parent
+        turn = None
+        if self.rope is not None:
+            turn = self.rope.rows(slots.end if positions is None else int(positions.max()) + 1, x.device, x.dtype)
         window = ctx.mask.size if isinstance(ctx.mask, Window) else None
-        return kernels.Scene(x.shape[1], slots.base, slots.pending, slots.lengths, slots.parent, ctx.positions, turn, window)
+        piece = count if count <= FEW else max(1, FEW // batch)
+        scenes = []
+        for start in range(0, count, piece):
+            size = min(piece, count - start)
+            pending = slots.pending - count + start + size
+            tree = None if parent is None else parent[:, :pending]
+            place = None if positions is None else positions[:, start : start + size]
+            scenes.append(kernels.Scene(size, slots.base, pending, slots.lengths, tree, place, turn, window))
+        return scenes
 
 
 @final
@@ -161,7 +175,7 @@ class PackedJoin(PackedModule):
 
     def takes(self, x: Tensor) -> bool:
         """Whether the call is one for the kernel. Depends on no other row of the batch."""
-        return x.dtype == self.join.layer.dtype and few(x, x.shape[1]) and not torch.compiler.is_compiling()
+        return x.dtype == self.join.layer.dtype and _ours(x) and not torch.compiler.is_compiling()
 
     def forward(self, embedded: Tensor, hidden: Tensor, reads: Tensor | None) -> Tensor:
         return self.join(embedded, hidden, reads)
@@ -228,6 +242,11 @@ def pack(module: nn.Module) -> nn.Module:
         elif isinstance(part, SequentialModule):
             part.packed = _packed_join(part)
     return module
+
+
+def _ours(x: Tensor) -> bool:
+    """Whether tokens with activations x [B,T,D] pass through the kernels: a few always, many where the kernels are the faster."""
+    return few(x, x.shape[1] if x.shape[1] <= FEW or not kernels.outpaces(x.dtype) else FEW)
 
 
 def _packed(module: nn.Module, shared: set[int]) -> PackedModule | None:

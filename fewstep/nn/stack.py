@@ -40,6 +40,11 @@ class StackState:
                 self._caches = kernels.Caches(tensors)
         return self._caches
 
+    @property
+    def slotted(self) -> bool:
+        """Whether every layer keeps its tokens in slots, where those that a rollback dropped can be taken up again."""
+        return all(isinstance(layer, Tensor) for layer in self._layers)
+
     def extended(self, slots: Slots) -> "StackState":
         """After a kernel wrote the nodes that `slots` has beyond this table into the caches."""
         return StackState(self._layers, slots, self._caches)

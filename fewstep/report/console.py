@@ -13,9 +13,10 @@ from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost
 from fewstep.core.recipe import parse
 from fewstep.decode.narrate import Piece
-from fewstep.decode.text import Generation, GenerationConfig, pick_drafter
+from fewstep.decode.text import Generation, GenerationConfig
 from fewstep.hub.heads import companion
 from fewstep.models.model import Model
+from fewstep.report.tuned import drafter_for
 
 DRAFTED, COMPUTED = "green", "default"
 
@@ -46,10 +47,12 @@ def print_generation(
 ) -> None:
     """Stream the continuation of `prompt` to standard output; with `stats`, colours there and the cost on standard error.
 
+    A lossy verification is named on standard error, asked for `stats` or not.
+
     Raises ValueError for a bad option, an unknown drafter, or a prompt that does not fit.
     """
     config = parse(GenerationConfig, options)
-    chosen: Drafter = pick_drafter(model, drafter, companion(model), drafting)
+    chosen: Drafter = drafter_for(model, drafter, config.samples, config, companion(model), drafting)
     generation = Generation(model, prompt, chosen, config)
     out = Console(highlight=False, soft_wrap=True)
     if config.samples == 1:
@@ -64,7 +67,9 @@ def print_generation(
             pass
         for i, row in enumerate(generation.completions()):
             out.print(f"[{i}]", row.text, markup=False)
+    err = Console(stderr=True, highlight=False)
+    if not config.judged.lossless:
+        err.print(f"verification: {config.judged.label}: the text does not have the model's law")
     if stats:
-        err = Console(stderr=True, highlight=False)
         err.print(Text("drafted and accepted", style=DRAFTED), Text("computed", style=COMPUTED), sep=" | ")
         err.print(cost_line(generation.cost))

@@ -5,16 +5,16 @@ This file knows the loop and its drafters; other libraries enter through `Contes
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Protocol, final
+from typing import Any, Protocol, cast, final
 
 from pydantic import Field
 
 from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost
 from fewstep.core.model import Target
-from fewstep.core.recipe import Config, parse, suggestion
+from fewstep.core.recipe import Config, choice, parse, suggestion
 from fewstep.decode.drafters import DRAFTERS
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
@@ -24,6 +24,7 @@ from fewstep.decode.drafters.silent import SilentConfig
 from fewstep.decode.generate import Transcripts, requests
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.stream import Settings
+from fewstep.decode.verification import VERIFICATIONS, TokenVerificationConfig, VerificationConfig
 from fewstep.nn.heads import ParallelHeads, SequentialHeads
 
 PLAIN = "plain"
@@ -37,6 +38,7 @@ class RaceConfig(Config):
     `drafters`: names of `entrants` or of the registry, "draft_model=PATH" too; (): all that the model can run with.
     `max_new_tokens` are emitted for each of the first `count` prompts, `batch` at a time, an end-of-text token or not. `rounds`
     passes are made over all of them. `budget`: the nodes a tree may have. `peers`: other libraries run too, where installed.
+    `verification`: each drafter also runs as a second entrant that is judged this way.
     """
 
     drafters: tuple[str, ...] = ()
@@ -48,6 +50,12 @@ class RaceConfig(Config):
     budget: int = Field(default=16, ge=1)
     peers: bool = True
     seed: int = 0
+    verification: choice(lambda: VERIFICATIONS, "verification") = TokenVerificationConfig()  # type: ignore[valid-type]
+
+    @property
+    def judged(self) -> VerificationConfig:
+        """How the second entrants are judged."""
+        return cast(VerificationConfig, self.verification)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -95,14 +103,26 @@ class Ours:
 
     library = "fewstep"
 
-    def __init__(self, name: str, target: Target, drafter: Drafter[Any], config: RaceConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        target: Target,
+        drafter: Drafter[Any],
+        config: RaceConfig,
+        verification: VerificationConfig = TokenVerificationConfig(),
+    ) -> None:
         self.name, self.drafter = name, drafter
         self._target, self._config = target, config
+        self._settings = replace(config.settings, verify=verification.build())
+
+    def judged(self, verification: VerificationConfig) -> "Ours":
+        """The same drafter under another verification, which its name says."""
+        return Ours(f"{self.name}, {verification.label}", self._target, self.drafter, self._config, verification)
 
     def run(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Lap:
         transcripts, lap = Transcripts(len(prompts)), Lap()
         config, prefill = self._config, 0.0
-        for event in requests(self._target, self.drafter, prompts, config.settings, sampling=config.sampling, seed=seeds):
+        for event in requests(self._target, self.drafter, prompts, self._settings, sampling=config.sampling, seed=seeds):
             transcripts.take(event)
             step = event.payload
             if step.calls:

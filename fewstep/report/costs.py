@@ -3,10 +3,12 @@
 This file times contracts (`Target`, `Drafter`); it knows neither by name.
 """
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, final
 
@@ -80,11 +82,11 @@ def machine_costs(target: Target, prompt: Sequence[int], sizes: Sequence[int] = 
 
 
 @torch.inference_mode()
-def call_seconds(target: Target, prompt: Sequence[int], sizes: Sequence[int]) -> dict[int, float]:
-    """Median seconds of one call on a chain of n tokens after `prompt`, for each n of `sizes`, which take turns."""
+def call_seconds(target: Target, prompt: Sequence[int], sizes: Sequence[int], batch: int = 1) -> dict[int, float]:
+    """Median seconds of one call on chains of n tokens after `batch` times `prompt`, for each n of `sizes`, which take turns."""
     device, dtype = placement(target)
-    chain = prompt_chain([prompt], device)
-    state = prefill(target, chain, target.init_state(1, len(prompt) + max(sizes), device=device, dtype=dtype)).state
+    chain = prompt_chain([prompt] * batch, device)
+    state = prefill(target, chain, target.init_state(batch, len(prompt) + max(sizes), device=device, dtype=dtype)).state
     tokens = chain.tokens.repeat(1, 1 + max(sizes) // len(prompt))
     seconds: dict[int, list[float]] = {count: [] for count in sizes}
     for _ in range(_WARMUP + _REPEATS):
@@ -130,6 +132,14 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -178,7 +188,7 @@ class _Watched:
     """A drafter whose proposals happen inside a context."""
 
     def __init__(self, drafter: Drafter[Any], around: Callable[[], Any]) -> None:
-        self.taps = drafter.taps
+        self.taps, self.prompt_taps = drafter.taps, drafter.prompt_taps
         self._drafter, self._around = drafter, around
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> Any:

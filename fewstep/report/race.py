@@ -5,7 +5,6 @@ This file knows models, drafters' names and what to write down. How a race is ru
 
 import json
 import math
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +21,12 @@ from rich.table import Table
 
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.decode.verification import TokenVerificationConfig
 from fewstep.hub.heads import companion
 from fewstep.hub.load import load
 from fewstep.models.model import Model
 from fewstep.report.contest import PLAIN, Contestant, Ours, RaceConfig, Record, compete, entrants
-from fewstep.report.costs import DraftCost, Machine, draft_cost, machine_costs
+from fewstep.report.costs import DraftCost, Machine, cpu_name, draft_cost, machine_costs
 from fewstep.report.page import write_page
 from fewstep.report.peers import LIBRARY, transformers_peers
 from fewstep.report.prompts import Prompt, prompts_for, read_prompts
@@ -125,6 +125,8 @@ def race_decode(
         ours = [
             Ours(key, model.network, drafter.build(model.network, companion(model)), config) for key, drafter in chosen.items()
         ]
+        if not isinstance(config.verification, TokenVerificationConfig):
+            ours += [entrant.judged(config.judged) for entrant in ours if entrant.name != PLAIN]
         draft = next((drafter.path for drafter in chosen.values() if isinstance(drafter, DraftModelConfig)), None)
         peers, notes = _peers(model, draft, config, Path(exports))
         contestants: list[Contestant] = [*ours, *peers]
@@ -158,14 +160,6 @@ def quality(model: Model, prompts: Sequence[Sequence[int]], outputs: Sequence[Se
     values = torch.tensor(means, dtype=torch.float64)
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
     return Quality(float(values.mean()), error)
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
 
 
 @contextmanager
@@ -228,6 +222,7 @@ def _setting(model: Model, name: str, config: RaceConfig, prompts: int, chosen: 
         "cpu": cpu_name(),
         "torch": torch.__version__,
         LIBRARY: peer,
+        "lossy": not config.judged.lossless,
         "drafters": {key: config.model_dump(mode="json") for key, config in chosen.items()},
     }
 

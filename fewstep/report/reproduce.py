@@ -17,8 +17,8 @@ from fewstep.core.recipe import lookup, parse
 from fewstep.hub.load import load
 from fewstep.report.claims import CLAIMS
 from fewstep.report.claims.claim import Bench, Effort, Report
+from fewstep.report.costs import cpu_name
 from fewstep.report.prompts import prompts_for
-from fewstep.report.race import cpu_name
 
 __all__ = ["CLAIMS", "reproduce"]
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fewstep.core.recipe import Config
 from fewstep.decode.drafters import DRAFTERS
+from fewstep.decode.verification import VERIFICATIONS
 from fewstep.nn.heads import HEADS
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.position import POSITIONS
@@ -21,6 +22,7 @@ from fewstep.recipes import SECTIONS, shipped
 ROOMS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
     {
         "drafter": DRAFTERS,
+        "verification": VERIFICATIONS,
         "heads": HEADS,
         "mixer": MIXERS,
         "position": POSITIONS,

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,30 @@ def test_generate_prints_the_same_text_with_and_without_drafts(model: Path, caps
     assert len(set(texts)) == 1
 
 
+def test_a_corpus_of_texts_is_drafted_from(home: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    corpus = home / "corpus"
+    for out, files in ((tmp_path / "files", sorted(corpus.glob("*.txt"))), (tmp_path / "folder", [corpus])):
+        assert run("corpus", model, *files, "--out", out) == 0
+        assert capsys.readouterr().out.split() == [str(out)]
+        texts.append((out / "tokens.bin").read_bytes())
+    assert texts[0] == texts[1]
+    tokenizer, written = Model.load(model).tokenizer, array("I", texts[0]).tolist()
+    assert tokenizer is not None and written.count(tokenizer.eos) == 12
+    assert tokenizer.decode(written[: written.index(tokenizer.eos)]) == (corpus / "0.txt").read_text()
+    for drafter in ("silent", f"retrieval={tmp_path / 'files'}"):
+        assert run("generate", model, "def function_1_2", "--drafter", drafter, "--max-new-tokens", "20", "--stats") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[2] == texts[3]
+
+
+def test_a_lossy_verification_says_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("generate", model, "def function_1", "--drafter", "mtp", "--temperature", "1", "--max-new-tokens", "8")
+    for arguments in ((), ("--verification", "block"), ("--verification", "typical", "--set", "verification.epsilon=0.2")):
+        assert run(*asked, *arguments) == 0
+        assert ("lossy" in capsys.readouterr().err) == ("typical" in arguments)
+
+
 def test_systems_lists_every_drafter(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("systems", "--json") == 0
     names = {(row["room"], row["name"]) for row in json.loads(capsys.readouterr().out)}
@@ -131,6 +156,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (("generate", model, "x", "--drafter", "draft_model"), "path"),
         (("generate", model, "x", "--set", "top_p=3"), "top_p=3"),
         (("generate", model, "x", "--set", "drafter.branching=[9,9,9,9]"), "branching"),
+        (("generate", model, "x", "--verification", "blok"), "block"),
+        (("generate", model, "x", "--verification", "typical", "--set", "verification.delta=2"), "delta=2"),
+        (
+            ("generate", model, "x", "--verification", "block", "--temperature", "1", "--set", "drafter.branching=[2]"),
+            "verification='token'",
+        ),
+        (("corpus", model, "--out", tmp_path / "c"), "files"),
+        (("corpus", model, tmp_path / "nothing", "--out", tmp_path / "c"), "nothing"),
+        (("corpus", model, home / "corpus", "--out", tiny), "out="),
+        (("corpus", model, model / "weights.safetensors", "--out", tmp_path / "c"), "UTF-8"),
+        (("generate", model, "x", "--drafter", f"retrieval={tmp_path / 'c'}"), "corpus"),
         (("reproduce",), "--all"),
         (("reproduce", "mpt"), "mtp"),
         (("convert", model, "--to", "gguf", "--out", tmp_path / "o"), "gguf"),

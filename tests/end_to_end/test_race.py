@@ -52,6 +52,16 @@ def test_a_race_keeps_its_books(tmp_path: Path, console: Console) -> None:
     assert len({round(row["quality"]["mean"], 4) for row in rows.values()}) == 1, "lossless"
 
 
+def test_drafters_run_under_another_verification_too(tmp_path: Path, console: Console) -> None:
+    for kind, label in (("block", "block"), ("typical", "typical (lossy)")):
+        config = RaceConfig(**{**dict(SHORT), "drafters": ("mtp chain",), "temperature": 1.0, "verification": kind})
+        race = race_decode(small_model(), prompts(), config, tmp_path / kind, console=console)
+        names = [row["name"] for row in race.as_dict()["entries"]]
+        assert names == [PLAIN, "mtp chain", f"mtp chain, {label}"]
+        page = (tmp_path / kind / "race.html").read_text(encoding="utf-8")
+        assert ("keep another law" in page) == (kind == "typical") == ("(lossy)" in page)
+
+
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, console: Console) -> None:
     hostile = "<script>alert(1)</script>"
     config = SHORT.model_copy(update={"temperature": 1.0})

@@ -45,6 +45,7 @@ USES: Mapping[str, Callable[[Any], object]] = {  # how an entry of each registry
     "PRECISIONS": lambda config: config.context(torch.device("cpu")),
     "RUNS": lambda config: config.model_dump(),
     "SCHEDULES": lambda config: config.factor(0, 0.0),
+    "VERIFICATIONS": lambda config: config.build(),
     "TOKENIZERS": lambda config: config.build(["def area(width, height):\n    return width * height\n"]),
 }
 

@@ -14,6 +14,10 @@ FILE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "v2", "leg
 NAMES = FILE_NAMES - {"common"}  # a longest_common_prefix is a fine thing to define
 FORBIDDEN_CALLS = {"hasattr", "globals", "eval", "exec", "compile", "__import__"}
 FORBIDDEN_NAMES = {"torch.load", "torch.save", "trust_remote_code", "allow_pickle"}
+PICKLES = {  # the one place that reads pickles, the one way, and the test that needs some
+    ("fewstep/hub/pickles.py", "torch.load(file, weights_only=True, map_location='cpu')"),
+    ("tests/parity/test_drafter_formats.py", "torch.save(held, file)"),
+}
 FORBIDDEN_PACKAGES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 MUTABLE_CALLS = {"dict", "list", "set", "bytearray", "defaultdict", "Counter", "deque", "OrderedDict"}
 MUTABLE = ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp
@@ -81,6 +85,11 @@ def name_violations(module: Module) -> list[str]:
 def forbidden_violations(module: Module) -> list[str]:
     """What asks an object what it is, reaches around the language, or runs code from a file."""
     found = []
+    allowed = {
+        id(call.func)
+        for call in ast.walk(module.tree)
+        if isinstance(call, ast.Call) and (module.path, ast.unparse(call)) in PICKLES
+    }
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
             found.append(f"{module.at(node)}: {node.func.id}() is not used in this house")
@@ -91,7 +100,7 @@ def forbidden_violations(module: Module) -> list[str]:
             if FORBIDDEN_PACKAGES & {name.split(".")[0] for name in roots} or FORBIDDEN_NAMES & set(whole):
                 found.append(f"{module.at(node)}: {', '.join(taken)} runs code from files; use safetensors and JSON")
         name = node.arg if isinstance(node, ast.keyword) else dotted(node)
-        if name in FORBIDDEN_NAMES:
+        if name in FORBIDDEN_NAMES and id(node) not in allowed:
             found.append(f"{module.at(node)}: {name} runs code from files; use safetensors and JSON")
     return found
 

@@ -35,7 +35,8 @@ DRAFTERS: Mapping[str, DrafterConfig] = {
     "mtp-tree": MultiTokenConfig(branching=(3, 2, 1)),
     "retrieval": RetrievalConfig(),
     "lookahead": LookaheadConfig(window=2, ngram=3),
-    "exit-tree": EarlyExitConfig(layers=1, branching=(2, 1, 1)),
+    "exit-tree": EarlyExitConfig(layers=1, branching=(2, 1, 1), reuse=False),
+    "exit-tree-reused": EarlyExitConfig(layers=1, branching=(2, 1, 1), reuse=True),
 }
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "grouped": {"mixers": [{"kind": "attention", "kv_heads": 1}], "heads": [{"kind": "mtp_sequential"}]},

@@ -49,7 +49,8 @@ class Watched:
     """A drafter whose proposals are kept, with the budgets they were made for."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.taps, self.init, self.observe = inner, inner.taps, inner.init, inner.observe
+        self.inner, self.init, self.observe = inner, inner.init, inner.observe
+        self.taps, self.prompt_taps = inner.taps, inner.prompt_taps
         self.seen: list[tuple[Tree, Tensor]] = []
 
     def propose(self, root: Tensor, state: Any, handle: Any, budget: Tensor, rng: Any) -> Any:

@@ -20,6 +20,10 @@ from fewstep.models.decoder import Decoder, DecoderConfig
 
 SETTINGS: Mapping[str, EarlyExitConfig] = {
     "chain": EarlyExitConfig(layers=2),
+    "chain reused": EarlyExitConfig(layers=2, reuse=True),
+    "tree reused": EarlyExitConfig(layers=1, branching=(3, 2, 1), reuse=True),
+    "all reused": EarlyExitConfig(layers=4, branching=(2, 2), reuse=True),
+    "stop reused": EarlyExitConfig(layers=2, branching=(2, 2, 1), confidence=0.3, reuse=True),
     "third": EarlyExitConfig(),
     "tree": EarlyExitConfig(layers=1, branching=(3, 2, 1)),
     "chosen": EarlyExitConfig(layers=2, branching=(2, 2), mode="chosen"),
@@ -52,6 +56,20 @@ def best_after(model: Decoder, layers: range, text: list[int]) -> tuple[int, flo
     return int(law.argmax()), float(law.max())
 
 
+def nodes_by_block(model: Decoder) -> list[int]:
+    """How many nodes each block runs from now on, counted while decoding goes on."""
+    counts = [0] * model.depth
+    for i, block in enumerate(model.blocks):
+        run = type(block).extend
+
+        def counted(x: Any, *rest: Any, i: int = i, block: Any = block, run: Any = run) -> Any:
+            counts[i] += x.shape[0] * x.shape[1]
+            return run(block, x, *rest)
+
+        block.extend = counted  # type: ignore[method-assign]
+    return counts
+
+
 @pytest.mark.parametrize("name", ["chain", "stop"])
 def test_drafts_are_the_truncated_networks(name: str, seed: int) -> None:
     model, config, layers = shallow(seed), SETTINGS[name], range(2)
@@ -81,7 +99,22 @@ def test_greedy_is_plain_decoding(name: str, seed: int) -> None:
     assert sum(sum(row.accepted) for row in drafted) > 0 and all(row.cost.draft_calls > 0 for row in drafted)
 
 
-@pytest.mark.parametrize("name", ["tree", "stop", "tree that stops"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "reused" in name])
+def test_reuse_changes_costs_alone(name: str, seed: int) -> None:
+    model, config = shallow(seed), SETTINGS[name]
+    prompts, sampling = prompts_of(seed, model.vocab, [6, 1, 12]), SamplingConfig(temperature=1.0)
+    rows = []
+    for reuse in (False, True):
+        ran = nodes_by_block(model)
+        drafter = config.model_copy(update={"reuse": reuse}).build(model, no_load)
+        rows.append((decode(model, drafter, prompts, Settings(max_new_tokens=20), sampling=sampling, seed=seed), ran))
+    (plain, before), (reused, after) = rows
+    assert [(row.tokens, row.accepted) for row in reused] == [(row.tokens, row.accepted) for row in plain]
+    exits = config.layers
+    assert after[:exits] < before[:exits] and after[exits:] == before[exits:]  # the first blocks ran each node once
+
+
+@pytest.mark.parametrize("name", ["tree", "stop", "tree that stops", "stop reused"])
 def test_a_row_alone_is_the_row_in_a_batch(name: str, seed: int) -> None:
     model = shallow(seed)
     prompts = prompts_of(seed, model.vocab, [5, 1, 9])
@@ -109,3 +142,5 @@ def test_refusals(seed: int) -> None:
             config.build(model, no_load)
     with pytest.raises(ValueError, match=r"^confidence=1.5: [^\n]*$"):
         parse(EarlyExitConfig, {"confidence": 1.5})
+    with pytest.raises(ValueError, match=r"^reuse=True: [^\n]*stride=1[^\n]*$"):
+        parse(EarlyExitConfig, {"reuse": True, "stride": 2})

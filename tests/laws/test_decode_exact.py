@@ -38,6 +38,7 @@ SETTINGS = {
     "lookahead": LookaheadConfig(window=2, ngram=3),
     "exit-chain-drawn": EarlyExitConfig(branching=(1, 1, 1)),
     "exit-tree-drawn": EarlyExitConfig(branching=(2, 2), confidence=0.3),
+    "exit-tree-reused": EarlyExitConfig(branching=(2, 2), reuse=True),
 }
 COUNTS = {"retrieval": 5_000, "lookahead": 3_000}  # they keep their rows' memory in Python
 LAWS = {
@@ -53,6 +54,7 @@ class Mixed:
     """Siblings of both kinds under every node: the likeliest token chosen, then one drawn from what is left, then one chosen."""
 
     taps: tuple[str, ...] = ()
+    prompt_taps: tuple[str, ...] = ()
 
     def __init__(self, model: TableModel) -> None:
         self.model = model
@@ -95,6 +97,7 @@ class Buggy:
     """A drafter that lies about how its nodes came about, in one of three ways that look lossless."""
 
     taps: tuple[str, ...] = ()
+    prompt_taps: tuple[str, ...] = ()
 
     def __init__(self, bug: str, seed: int) -> None:
         self.bug = bug

@@ -88,7 +88,7 @@ class Lying:
     """Multi-token heads whose tree says something else than how it came about."""
 
     def __init__(self, inner: Any, lie: Lie) -> None:
-        self.inner, self.taps, self.lie = inner, inner.taps, lie
+        self.inner, self.taps, self.prompt_taps, self.lie = inner, inner.taps, inner.prompt_taps, lie
         self.init, self.observe = inner.init, inner.observe
 
     def propose(self, root: Tensor, state: Any, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, Any]:

@@ -120,7 +120,8 @@ def test_ranks_sent_as_drawn_are_caught(form: str, seed: int) -> None:
 
     class Lying:
         def __init__(self, inner: Any) -> None:
-            self.inner, self.taps, self.init, self.observe = inner, inner.taps, inner.init, inner.observe
+            self.inner, self.init, self.observe = inner, inner.init, inner.observe
+            self.taps, self.prompt_taps = inner.taps, inner.prompt_taps
 
         def propose(self, *arguments: Any) -> Any:
             tree, state = self.inner.propose(*arguments)

@@ -45,7 +45,7 @@ class Spy:
     """A drafter that writes down what another one proposed, with the committed tokens it proposed from."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.taps = inner, inner.taps
+        self.inner, self.taps, self.prompt_taps = inner, inner.taps, inner.prompt_taps
         self.proposals: list[list[list[int]]] = []
 
     def init(self, *arguments: Any) -> Any:
@@ -111,5 +111,5 @@ def test_refusals(seed: int) -> None:
     with pytest.raises(ValueError, match="4 levels, the model has 3 heads"):
         MultiTokenConfig(branching=(1, 1, 1, 1)).build(model, no_load)
     bare = parse(DecoderConfig, {"vocab": 11, "width": 16, "depth": 2, "query_heads": 2, "hidden": 24}).build()
-    with pytest.raises(ValueError, match="no multi-token heads"):
+    with pytest.raises(ValueError, match="no mtp heads"):
         MultiTokenConfig().build(bare, no_load)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fewstep.core.mixer import Full, Tree, Window
 from fewstep.core.recipe import parse
+from fewstep.decode.drafters.silent import Nothing
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model
 from fewstep.nn.heads import ParallelHeadsConfig, SequentialHeadsConfig
 from fewstep.nn.mixers.attention import AttentionConfig
 from fewstep.nn.position import NoPositionConfig
+from fewstep.nn.stack import StackState
 
 WINDOWED = AttentionConfig(window=3)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -141,6 +143,40 @@ def test_early_exit_then_rollback(variant: str) -> None:
     torch.testing.assert_close(after.logits, network.extend(tree, twin).logits, **TIGHT)
     nothing = network.extend(Tree(first, parents[0]), after.state.rollback(), layers=range(0))
     torch.testing.assert_close(nothing.logits, network.unembed(network.norm(network.embed(first))), **TIGHT)
+
+
+@pytest.mark.parametrize("variant", ["tied", "hybrid", "placed"])
+def test_early_exit_then_the_other_layers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first layers ran, level by level, the others take up: logits and what is committed are a whole call's."""
+    network = decoder(**VARIANTS.get(variant, {}))
+    if variant == "placed":  # positions enter beside the tokens, once
+        monkeypatch.setattr(network.position, "embeds", True)
+        monkeypatch.setattr(network.position, "embed", lambda x, positions: x + positions.unsqueeze(-1).sin())
+    state = prompted(network)
+    twin = state.fork(torch.arange(2))
+    tree = Tree(torch.randint(VOCAB, (2, 6)), TREE)
+    ran = []
+    for nodes in (slice(0, 2), slice(2, 6)):
+        level = network.extend(Tree(tree.tokens[:, nodes], TREE[:, nodes]), state, layers=range(1), taps=("layer.0",))
+        ran.append(level.hidden["layer.0"])
+        state = level.state
+    rest = network.extend(tree, state.rollback(), layers=range(1, network.depth), inputs=torch.cat(ran, 1))
+    whole = network.extend(tree, twin)
+    torch.testing.assert_close(rest.logits[tree.valid], whole.logits[tree.valid], **TIGHT)  # type: ignore[index]
+    path, keep = torch.tensor([[0, 2, 5, 0, 0, 0], [1, 2, 4, 0, 0, 0]]), torch.tensor([3, 2])
+    after = [out.state.commit(path, keep) for out in (rest, whole)]
+    following = Tree(torch.randint(VOCAB, (2, 1)), torch.full((2, 1), -1))
+    logits = [network.extend(following, kept).logits for kept in after]
+    torch.testing.assert_close(*logits, **TIGHT)
+
+
+def test_layers_that_keep_no_slots_are_not_taken_up() -> None:
+    network = decoder()
+    state = network.init_state(1, 8, device="cpu", dtype=torch.float64)
+    mixed = StackState([Nothing(), *(state.layer(i) for i in range(1, network.depth))], state.slots)
+    tree = Tree.chain(torch.randint(VOCAB, (1, 3)))
+    with pytest.raises(ValueError, match=r"^layers=range\(1, 2\): [^\n]*reuse=false[^\n]*$"):
+        network.extend(tree, mixed, layers=range(1, network.depth), inputs=network.embed(tree.tokens))
 
 
 def test_the_context_ends_at_max_positions() -> None:

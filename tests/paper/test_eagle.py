@@ -118,7 +118,8 @@ class Recorder:
     """A drafter that keeps what another one proposed."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.taps, self.init, self.observe = inner, inner.taps, inner.init, inner.observe
+        self.inner, self.init, self.observe = inner, inner.init, inner.observe
+        self.taps, self.prompt_taps = inner.taps, inner.prompt_taps
         self.trees: list[Any] = []
 
     def propose(self, *arguments: Any) -> Any:

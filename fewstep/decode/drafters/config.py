@@ -29,11 +29,11 @@ class HeadsDrafterConfig(DrafterConfig):
 
     path: str = ""
 
-    def heads(self, target: Target, load: Load, form: type[M]) -> M:
-        """The heads of this kind. Raises ValueError where there are none, or of another width or vocabulary than the target."""
+    def heads(self, target: Target, load: Load, *forms: type[M]) -> M:
+        """The heads of this kind, in one of its `forms`. Raises ValueError where there are none, or of another width or vocabulary than the target."""
         owner = load(self.path) if self.path else target
         found = owner.heads.get(self.kind)
-        if not isinstance(found, form):
+        if not isinstance(found, forms):
             where = f"{self.path!r} holds" if self.path else "the model has"
             raise ValueError(
                 f"drafter={self.kind!r}: {where} no {self.kind} heads; train some (fewstep train {self.kind} "

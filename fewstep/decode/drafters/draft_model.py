@@ -71,6 +71,7 @@ class DraftModel:
     """
 
     taps: tuple[str, ...] = ()
+    prompt_taps: tuple[str, ...] = ()
 
     def __init__(self, config: DraftModelConfig, model: Target, target: Target) -> None:
         """Raises ValueError if the two models do not share a vocabulary size."""

@@ -128,7 +128,7 @@ class _EagleDrafter:
             raise ValueError(
                 f"heads.d2t: leads outside of the target's {target.vocab} tokens; give heads that were trained for it"
             )
-        self.taps = heads.taps
+        self.taps = self.prompt_taps = heads.taps
         self.heads, self.target = heads, target
         self._reach = reach
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.core.draft import Handle, Verdict
@@ -23,7 +23,8 @@ class EarlyExitConfig(DrafterConfig):
 
     `branching`: the children of each node, level by level. `mode`: "drawn" nodes are sampled from the early exit's law, siblings
     without replacement; "chosen" nodes are its most likely ones. `confidence`: a node whose likeliest next token has, in the
-    early exit's softmax, a probability below it gets no children; 0: never.
+    early exit's softmax, a probability below it gets no children; 0: never. `reuse`: verification takes up the drafted nodes
+    where the first blocks left them; with stride 1 only.
     """
 
     kind: ClassVar[str] = "early_exit"
@@ -34,6 +35,13 @@ class EarlyExitConfig(DrafterConfig):
     branching: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 1, 1, 1), min_length=1)
     mode: Mode = "drawn"
     confidence: float = Field(default=0.0, ge=0, lt=1)
+    reuse: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> "EarlyExitConfig":
+        if self.reuse and self.stride > 1:
+            raise ValueError(f"reuse=True: with stride={self.stride} blocks are missing in between; set stride=1 or reuse=false")
+        return self
 
     def build(self, target: Target, load: Load) -> "EarlyExit":
         if self.layers > target.depth:
@@ -51,16 +59,20 @@ class EarlyExit:
 
     A stop leaves drawn nodes drawn: whether a node is there depends on the law it was drawn from, that is on its ancestors, and
     on neither its own value nor its siblings'. (To drop the token whose own probability is low would bias the output.) Norm and
-    unembedding are the target's. Cost: one evaluation of `layers` per level. Source: LayerSkip section 4.3; with a stride it is
-    Draft & Verify with every n-th block kept. Differs: the drafted nodes' keys and values are dropped after the proposal, so that
-    verification runs the first blocks again; Draft & Verify searches for the blocks to skip, attention and MLP apart (as there,
-    blocks after a gap read the keys and values that the whole network left for committed tokens).
+    unembedding are the target's. Cost: one evaluation of `layers` per level. With `reuse` the first blocks run each node once,
+    the last level in an evaluation of its own, and verification runs the other blocks on top of their keys, values and outputs:
+    that saves arithmetic, where trees or batches are large, and no reading of weights, which is what small calls cost.
+    Source: LayerSkip section 4.3; with a stride it is Draft & Verify with every n-th block kept. Differs: Draft & Verify
+    searches for the blocks to skip, attention and MLP apart (as there, blocks after a gap read the keys and values that the
+    whole network left for committed tokens).
     """
 
     taps: tuple[str, ...] = ()
+    prompt_taps: tuple[str, ...] = ()
 
     def __init__(self, config: EarlyExitConfig, layers: range) -> None:
         self.config, self.layers = config, layers
+        self._kept = (f"layer.{layers[-1]}",) if config.reuse else ()
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> Nothing:
         return Nothing()
@@ -68,12 +80,15 @@ class EarlyExit:
     def propose(self, root: Tensor, state: Nothing, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, Nothing]:
         tree = Tree(root.unsqueeze(1), torch.full_like(root, -1).unsqueeze(1))
         widest, count = int(budget.max()), 1  # count: nodes of the last level
+        ran: list[Tensor] = []
         for branch in self.config.branching:
             if tree.size >= widest:
                 break
             level = Tree(tree.tokens[:, -count:], tree.parent[:, -count:])
-            logits = handle.extend(level, layers=self.layers).logits
+            output = handle.extend(level, layers=self.layers, taps=self._kept)
+            logits = output.logits
             assert logits is not None
+            ran += output.hidden.values()
             nodes = torch.arange(tree.size - count, tree.size, device=root.device).expand(tree.batch, -1)
             grown = grow(tree, nodes, handle.law(logits, tree, nodes), logits, branch, budget, self.config.mode, rng)
             count *= branch
@@ -83,10 +98,22 @@ class EarlyExit:
                 if not bool(grown.valid[:, -count:].any()):
                     break
             tree = grown
-        return cut(tree, widest), state
+        tree = cut(tree, widest)
+        if ran:
+            self._resume(tree, ran, handle)
+        return tree, state
 
     def observe(self, tree: Tree, verdict: Verdict, hidden: Mapping[str, Tensor], state: Nothing) -> Nothing:
         return state
+
+    def _resume(self, tree: Tree, ran: list[Tensor], handle: Handle) -> None:
+        """Run the nodes that had no children to be drafted too, and leave the other blocks to verification."""
+        done = sum(x.shape[1] for x in ran)
+        if done < tree.size:
+            first = torch.zeros_like(tree.tokens[:, :1])  # logits are not wanted: of one node they cost little
+            leaves = Tree(tree.tokens[:, done:], tree.parent[:, done:])
+            ran += handle.extend(leaves, layers=self.layers, taps=self._kept, need=first).hidden.values()
+        handle.resume(range(self.layers.stop, handle.target.depth), torch.cat(ran, 1))
 
 
 def _without(tree: Tree, dropped: Tensor) -> Tree:

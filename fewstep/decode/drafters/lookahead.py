@@ -94,6 +94,7 @@ class Lookahead:
     """
 
     taps: tuple[str, ...] = ("logits",)
+    prompt_taps: tuple[str, ...] = ()
 
     def __init__(self, config: LookaheadConfig) -> None:
         self.config = config

@@ -110,6 +110,7 @@ class _TreeDrafter:
     """
 
     taps: tuple[str, ...] = (FreeHeads.tap,)
+    prompt_taps: tuple[str, ...] = taps
 
     def __init__(self, target: Target, paths: tuple[Path, ...], mode: Mode) -> None:
         self.target, self.mode, self.tree = target, mode, RankTree(paths)

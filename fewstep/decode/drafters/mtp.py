@@ -5,7 +5,7 @@ This file knows the two forms of heads and follows exactly the inputs they were 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, cast, final
+from typing import Annotated, Any, ClassVar, cast, final
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from fewstep.core.draft import Drafter, Handle, Verdict
 from fewstep.core.mixer import Context, State, Tree
 from fewstep.core.model import Target
 from fewstep.core.random import Rng
-from fewstep.decode.drafters.config import DrafterConfig, Load
+from fewstep.decode.drafters.config import HeadsDrafterConfig, Load
 from fewstep.decode.drafters.grow import Mode, cut, grow
 from fewstep.decode.prefill import placement
 from fewstep.nn.heads import ParallelHeads, SequentialHeads
@@ -25,7 +25,7 @@ from fewstep.nn.packed import PackedModules, packed_modules
 
 
 @final
-class MultiTokenConfig(DrafterConfig):
+class MultiTokenConfig(HeadsDrafterConfig):
     """Draft with the heads that came with the checkpoint.
 
     `branching`: the children of each node, level by level; (): a chain as deep as the heads. `mode`: "drawn" nodes are sampled
@@ -40,11 +40,7 @@ class MultiTokenConfig(DrafterConfig):
     mode: Mode = "drawn"
 
     def build(self, target: Target, load: Load) -> "Drafter[HeadsState]":
-        heads = target.heads.get("mtp")
-        if not isinstance(heads, SequentialHeads | ParallelHeads):
-            raise ValueError(
-                "drafter='mtp': the model has no multi-token heads; train some (fewstep train) or use drafter='ngram'"
-            )
+        heads: Any = self.heads(target, load, SequentialHeads, ParallelHeads)
         branching = self.branching or (1,) * heads.depth
         if len(branching) > heads.depth:
             raise ValueError(

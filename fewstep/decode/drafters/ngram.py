@@ -83,6 +83,7 @@ class Ngram:
     """
 
     taps: tuple[str, ...] = ()
+    prompt_taps: tuple[str, ...] = ()
 
     def __init__(self, config: NgramConfig) -> None:
         self.config = config

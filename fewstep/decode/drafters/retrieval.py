@@ -74,6 +74,7 @@ class Retrieval:
     """
 
     taps: tuple[str, ...] = ()
+    prompt_taps: tuple[str, ...] = ()
 
     def __init__(self, config: RetrievalConfig, corpus: Corpus | None, vocab: int) -> None:
         self.config, self.corpus, self.vocab = config, corpus, vocab

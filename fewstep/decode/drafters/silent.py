@@ -43,6 +43,7 @@ class Silent:
     """A tree that is its root. Cost: none."""
 
     taps: tuple[str, ...] = ()
+    prompt_taps: tuple[str, ...] = ()
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> Nothing:
         return Nothing()

@@ -6,7 +6,7 @@ modules it stands for).
 
 from fewstep.nn.kernels.attention import attend
 from fewstep.nn.kernels.ends import Join, argmax
-from fewstep.nn.kernels.kernel import DTYPES, available
+from fewstep.nn.kernels.kernel import DTYPES, available, outpaces
 from fewstep.nn.kernels.modules import Certain, Module, Modules, Seat
 from fewstep.nn.kernels.norm import rms_norm
 from fewstep.nn.kernels.parts import Gain, Parts
@@ -30,6 +30,7 @@ __all__ = [
     "attend",
     "available",
     "linear",
+    "outpaces",
     "pack",
     "rms_norm",
 ]

@@ -118,6 +118,12 @@ def default_kernel() -> Kernel | None:
         return None
 
 
+def outpaces(dtype: torch.dtype) -> bool:
+    """Whether the kernel beats PyTorch's matrix products on many rows too: in bfloat16 on a CPU without arithmetic for it."""
+    kernel = default_kernel()
+    return kernel is not None and dtype == torch.bfloat16 and kernel.path in ("avx2", "avx512")
+
+
 def available() -> bool:
     """Whether the compiled kernel is in use; the first call may compile it."""
     return default_kernel() is not None

@@ -141,8 +141,8 @@ class Modules:
                 f"hidden, tokens, real, carry have shapes {shapes}, {certain.hidden.dtype}; branching {branching}, {len(seats)} "
                 f"seats: expected [B,W,{self.width}] {self.dtype}, [B,W], [B], [levels-1,B,1,{self.width}], a level a seat, room"
             )
-        drafted, parent = certain.tokens.new_empty(batch, nodes), certain.tokens.new_empty(batch, nodes)
-        carries = certain.hidden.new_empty(len(seats) - 1, batch, 1, self.width)
+        made = [certain.tokens.new_empty(batch, nodes) for _ in range(2)]
+        made.append(certain.hidden.new_empty(len(seats) - 1, batch, 1, self.width))
         kept = [x.contiguous() for x in (*certain, budget)]
         levels = (ctypes.c_long * len(branching))(*branching)
         call = _Draft(
@@ -156,9 +156,7 @@ class Modules:
             *(x.data_ptr() for x in kept),
             ctypes.addressof(levels),
             *((None, None, 0) if turn is None else (turn[0].data_ptr(), turn[1].data_ptr(), turn[0].shape[0])),
-            drafted.data_ptr(),
-            parent.data_ptr(),
-            carries.data_ptr(),
+            *(x.data_ptr() for x in made),
             self.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
@@ -170,7 +168,7 @@ class Modules:
             )
         if code:
             raise MemoryError(f"no memory for the activations of {batch} rows: draft for fewer at a time")
-        return drafted, parent, carries
+        return made[0], made[1], made[2]
 
     def _fit(self, certain: Certain, budget: Tensor, seats: Sequence[Seat], branching: tuple[int, ...], end: int) -> bool:
         """Whether a call is whole; `end`: certain and drafted nodes of a row."""
