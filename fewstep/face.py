@@ -28,9 +28,9 @@ def generate(
 ) -> Completion | list[Completion]:
     """Continue `prompts` (a text, texts, token ids or a [B,T] tensor): one `Completion` for one text, else a list.
 
-    `drafter`: a name ("auto": what `fewstep tune` found, else the checkpoint's own heads, else prompt lookup), "draft_model=PATH" or "medusa=RUN", a config or a
-    drafter; the output never depends on it. `options`: any other field of `GenerationConfig` by name, e.g. {"top_p": 0.9,
-    "stop": ["\\n\\n"]}.
+    `drafter`: a name ("auto": what `fewstep tune` found, else the checkpoint's own heads, else prompt lookup),
+    "draft_model=PATH" or "medusa=RUN", a config or a drafter; the output never depends on it. `options`: any other field of
+    `GenerationConfig` by name, e.g. {"top_p": 0.9, "stop": ["\\n\\n"]}.
     Raises ValueError for a bad option, an empty prompt or one that exceeds the context.
     """
     model = model if isinstance(model, Model) else load(model)

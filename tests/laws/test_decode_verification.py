@@ -1,4 +1,4 @@
-"""Ways to judge drafts, through the whole loop: block verification keeps the target's law, typical acceptance says it does not."""
+"""Ways to judge drafts, through the whole loop: blocks keep the target's law, and typical acceptance says that it does not."""
 
 import pytest
 import torch
