@@ -5,7 +5,7 @@ decoding. This file knows models and drafters by their contracts, and what shape
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, final
@@ -68,11 +68,19 @@ class TuneConfig(Config):
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds: `plain`, a step of plain decoding; `calls[n]`, a target call on n nodes; `rest[d][n]`, what a step with a tree of
-    depth d and n nodes takes beyond its call: the proposal and the loop."""
+    depth d and n nodes takes beyond its call: the proposal and the loop; `start[d]`, what the first step takes beyond a later
+    one, since networks that draft read the prompt then; `horizon`: the tokens that a start is spread over."""
 
     plain: float
     calls: Mapping[int, float]
     rest: Mapping[int, Mapping[int, float]]
+    start: Mapping[int, float] = field(default_factory=lambda: {1: 0.0})
+    horizon: int = 64
+
+    def speed(self, tokens: float, depth: int, sizes: Mapping[int, float]) -> float:
+        """How many times faster than plain decoding steps are that emit `tokens` each."""
+        per_token = self.seconds(depth, sizes) / tokens + interpolated(self.start, depth) / self.horizon
+        return self.plain / per_token
 
     def seconds(self, depth: int, sizes: Mapping[int, float]) -> float:
         """A step with trees of `depth` that have n nodes in a share `sizes[n]` of the steps."""
@@ -185,7 +193,7 @@ def ranked(shapes: Sequence[Shape], ledger: Ledger, costs: Costs) -> list[Candid
     found = []
     for shape in shapes:
         tokens = ledger.tokens(shape.paths)
-        speed = tokens * costs.plain / costs.seconds(shape.depth, ledger.sizes(shape.paths))
+        speed = costs.speed(tokens, shape.depth, ledger.sizes(shape.paths))
         found.append(Candidate(shape, tokens, speed))
     return sorted(found, key=lambda one: (-one.predicted, one.shape.nodes))
 
@@ -202,7 +210,7 @@ def measured_costs(target: Target, wide: Shape, load: Load, prompts: Sequence[Se
     """Time calls by size, plain steps, and of each depth the steps with the narrowest and the widest trees."""
     before = call_seconds(target, prompts[0], _CALLS, config.batch)
     some, tokens = prompts[: 2 * config.batch], config.new_tokens // 2
-    plain = median(seconds for _, seconds in _steps(target, Silent(), some, config, tokens, 1))
+    plain = median(seconds for _, _, seconds in _steps(target, Silent(), some, config, tokens, 1))
     timed = []
     for shape in _timed(wide):
         drafter, budget = shape.config.build(target, load), max(shape.nodes, config.nodes)
@@ -210,10 +218,14 @@ def measured_costs(target: Target, wide: Shape, load: Load, prompts: Sequence[Se
     after = call_seconds(target, prompts[0], _CALLS, config.batch)
     calls = {nodes: min(seconds, after[nodes]) for nodes, seconds in before.items()}  # others use the machine, too
     rest: dict[int, dict[int, float]] = {}
+    start: dict[int, float] = {}
     for depth, steps in timed:
-        beyond = median(seconds - interpolated(calls, nodes) for nodes, seconds in steps)
-        rest.setdefault(depth, {})[max(nodes for nodes, _ in steps)] = beyond
-    return Costs(plain, calls, rest)
+        beyond = [(first, nodes, seconds - interpolated(calls, nodes)) for first, nodes, seconds in steps]
+        later = median(seconds for first, _, seconds in beyond if not first)
+        rest.setdefault(depth, {})[max(nodes for _, nodes, _ in beyond)] = later
+        begun = median(seconds for first, _, seconds in beyond if first) - later
+        start[depth] = min(start.get(depth, begun), max(0.0, begun))
+    return Costs(plain, calls, rest, start, config.new_tokens)
 
 
 def levels(drafter: DrafterConfig, target: Target, load: Load) -> int:
@@ -247,15 +259,16 @@ def _as_it_is(drafter: DrafterConfig, ledger: Ledger) -> Shape:
 
 def _steps(
     target: Target, drafter: Drafter[Any], prompts: Sequence[Sequence[int]], config: TuneConfig, tokens: int, budget: int
-) -> Iterator[tuple[int, float]]:
-    """The nodes of the largest tree of every step with all rows running, and its seconds."""
+) -> Iterator[tuple[bool, int, float]]:
+    """Of every step with all rows running: if it is a batch's first, the nodes of its largest tree, and its seconds."""
     settings = Settings(tokens, budget=budget)
     for start in range(0, len(prompts), config.batch):
         batch = prompts[start : start + config.batch]
-        before = 0.0
+        before, first = 0.0, True
         for event in requests(target, drafter, batch, settings, sampling=config.sampling, seed=config.seed + start):
             if event.payload.calls and len(event.payload.rows) == len(batch):
-                yield max(event.payload.nodes.tolist()), event.cost.seconds - before
+                yield first, max(event.payload.nodes.tolist()), event.cost.seconds - before
+                first = False
             before = event.cost.seconds
 
 

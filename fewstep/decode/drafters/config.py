@@ -30,7 +30,10 @@ class HeadsDrafterConfig(DrafterConfig):
     path: str = ""
 
     def heads(self, target: Target, load: Load, *forms: type[M]) -> M:
-        """The heads of this kind, in one of its `forms`. Raises ValueError where there are none, or of another width or vocabulary than the target."""
+        """The heads of this kind, in one of its `forms`.
+
+        Raises ValueError where there are none, or of another width or vocabulary than the target.
+        """
         owner = load(self.path) if self.path else target
         found = owner.heads.get(self.kind)
         if not isinstance(found, forms):
