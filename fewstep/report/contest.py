@@ -20,6 +20,7 @@ from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.drafters.ngram import NgramConfig
+from fewstep.decode.drafters.retrieval import RetrievalConfig
 from fewstep.decode.drafters.silent import SilentConfig
 from fewstep.decode.generate import Transcripts, requests
 from fewstep.decode.laws import SamplingConfig
@@ -29,6 +30,7 @@ from fewstep.nn.heads import ParallelHeads, SequentialHeads
 
 PLAIN = "plain"
 _TREES = ((2, 1, 1), (3, 2, 1))
+_ALONE = ("lookahead", "early_exit")  # they run with any model, when asked for
 
 
 @final
@@ -146,6 +148,8 @@ def entrants(target: Target, names: Sequence[str] = ()) -> dict[str, DrafterConf
         found = {key: config for key, config in known.items() if name in (key, config.kind)}
         if path and kind in DRAFTERS:
             found = {kind.replace("_", " "): parse(DRAFTERS[kind], {"path": path}, "drafters")}
+        elif kind in _ALONE:
+            found = {kind.replace("_", " "): DRAFTERS[kind]()}
         if not found:
             next_move = suggestion(name, [*known, f"{DraftModelConfig.kind}=PATH"])
             raise ValueError(f"drafters={name!r}: this model cannot run with it; {next_move}")
@@ -154,7 +158,7 @@ def entrants(target: Target, names: Sequence[str] = ()) -> dict[str, DrafterConf
 
 
 def _known(target: Target) -> dict[str, DrafterConfig]:
-    found: dict[str, DrafterConfig] = {PLAIN: SilentConfig(), "ngram": NgramConfig()}
+    found: dict[str, DrafterConfig] = {PLAIN: SilentConfig(), "ngram": NgramConfig(), "retrieval": RetrievalConfig()}
     heads = target.heads.get("mtp")
     if isinstance(heads, SequentialHeads | ParallelHeads):
         found["mtp chain"] = MultiTokenConfig()

@@ -30,6 +30,7 @@ ROOMS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
     }
 )
 
+DOCUMENTED = ("drafter", "verification", "heads", "mixer", "position", "objective")
 _ROOT = Path(__file__).parents[1]
 _YEAR = re.compile(r"\b(19|20)\d\d\b(?!\.)")
 _ARXIV = re.compile(r"\b(\d\d)(\d\d)\.\d{4,5}\b")
@@ -66,11 +67,10 @@ def show(rows: Sequence[Mapping[str, str]]) -> None:
     Console().print(table)
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """The table for the README."""
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)])
+def markdown(rows: Sequence[Mapping[str, str]], rooms: Sequence[str] = DOCUMENTED) -> str:
+    """The table of the README: the techniques of some `rooms`, where they come from and where they are."""
+    lines = [f"| {row['room']} | {row['name']} | {row['paper']} | `{row['file']}` |" for row in rows if row["room"] in rooms]
+    return "\n".join(["| room | name | paper | file |", "|---|---|---|---|", *lines])
 
 
 def _year(source: str) -> str:

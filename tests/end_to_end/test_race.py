@@ -38,7 +38,7 @@ def test_a_race_keeps_its_books(tmp_path: Path, console: Console) -> None:
     record = json.loads((tmp_path / "race" / "race.json").read_text(encoding="utf-8"))
     assert record == race.as_dict()
     rows = {row["name"]: row for row in record["entries"]}
-    assert list(rows) == [PLAIN, "ngram", "mtp chain", "mtp tree 2-1-1", "mtp tree 3-2-1"]
+    assert list(rows) == [PLAIN, "ngram", "retrieval", "mtp chain", "mtp tree 2-1-1", "mtp tree 3-2-1"]
     for name, row in rows.items():
         assert row["tokens"] == 3 * 8
         assert row["prefill_calls"] == 3
@@ -94,7 +94,7 @@ def test_drafters_are_chosen_by_entrant_by_kind_and_with_a_path(tmp_path: Path) 
     assert list(entrants(network, ("mtp",))) == [PLAIN, "mtp chain", "mtp tree 2-1-1", "mtp tree 3-2-1"]
     assert list(entrants(network, ("mtp tree 2-1-1", "ngram"))) == [PLAIN, "mtp tree 2-1-1", "ngram"]
     assert entrants(network, (f"draft_model={tmp_path}",))["draft model"].model_dump()["path"] == str(tmp_path)
-    assert list(entrants(small_model(heads=False).network)) == [PLAIN, "ngram"]
+    assert list(entrants(small_model(heads=False).network)) == [PLAIN, "ngram", "retrieval"]
     with pytest.raises(ValueError, match=r"drafters='ngarm': .*did you mean 'ngram'"):
         entrants(network, ("ngarm",))
 
