@@ -168,7 +168,7 @@ def test_heads_learn_from_the_targets_own_texts(target: Path, tmp_path: Path) ->
     prompts = [piece for piece in pieces if texts[0].startswith(model.tokenizer.decode(list(piece)))]
     own = decode(model.network, pick_drafter(model, "silent", companion(model)), prompts, Settings(60))
     continued = [model.tokenizer.decode([*piece, *row.tokens]) for piece, row in zip(prompts, own, strict=True)]
-    assert texts[0] in continued
+    assert any(text.startswith(texts[0].rstrip("\ufffd")) for text in continued)  # an end of text ends it early
     written = file.stat().st_mtime_ns
     train(told, directory=tmp_path / "again", console=QUIET)
     assert file.stat().st_mtime_ns == written
