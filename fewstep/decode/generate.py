@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, final
 
 import torch
@@ -85,33 +85,54 @@ def decode(
 
 
 @final
+@dataclass(slots=True)
+class _Row:
+    """What a row got so far: the fields of a `Completion`, and of its `Cost`."""
+
+    tokens: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    calls: int = 0
+    draft_calls: int = 0
+    prefill_calls: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    finish: int = Finish.RUNNING
+
+    def completion(self) -> Completion:
+        cost = Cost(self.calls, self.draft_calls, self.prefill_calls, len(self.tokens), self.seconds, self.bytes)
+        logits = torch.cat(self.logits) if self.logits else None
+        return Completion(self.tokens, self.drafted, self.accepted, cost, Finish(self.finish).name.lower(), logits)
+
+
+@final
 class Transcripts:
     """The completions of a batch in the making."""
 
     def __init__(self, rows: int) -> None:
-        self._rows = [Completion([], [], [], Cost(), Finish.RUNNING.name.lower()) for _ in range(rows)]
-        self._logits: list[list[Tensor]] = [[] for _ in range(rows)]
+        self._rows = [_Row() for _ in range(rows)]
 
     def take(self, event: Event[Step]) -> None:
         """Write down what a step gave each of its rows."""
         step, total = event.payload, event.cost
         columns = (step.rows, step.tokens, step.count, step.drafted, step.finish)
-        for i, (row, tokens, count, drafted, finish) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            done = self._rows[row]
-            done.tokens.extend(tokens[:count])
-            done.drafted.extend(j < drafted for j in range(count))
+        for i, (index, tokens, count, drafted, finish) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            row = self._rows[index]
+            row.tokens += tokens[:count]
+            row.drafted += [j < drafted for j in range(count)]
             if step.calls:
-                done.accepted.append(drafted)
-            spent = Cost(step.calls, step.draft_calls, int(not step.calls), count)
-            cost = replace(done.cost + spent, seconds=total.seconds, bytes=total.bytes)
-            self._rows[row] = replace(done, cost=cost, finish=Finish(finish).name.lower())
+                row.accepted.append(drafted)
+            row.calls += step.calls
+            row.draft_calls += step.draft_calls
+            row.prefill_calls += not step.calls
+            row.seconds, row.bytes, row.finish = total.seconds, total.bytes, finish
             if step.logits is not None:
-                self._logits[row].append(step.logits[i, :count])
+                row.logits.append(step.logits[i, :count])
 
     def completions(self) -> list[Completion]:
         """One per row, as far as they have come."""
-        kept = [torch.cat(parts) if parts else None for parts in self._logits]
-        return [replace(row, logits=logits) for row, logits in zip(self._rows, kept, strict=True)]
+        return [row.completion() for row in self._rows]
 
 
 def row_seed(seed: int, sample: int) -> int:

@@ -35,17 +35,15 @@ def verify(tree: Tree, p: Tensor, rng: Rng) -> Verdict:
 def _greedy(tree: Tree, p: Tensor) -> Verdict:
     if tree.size == 1:
         return Verdict(torch.zeros_like(tree.tokens), torch.ones_like(p[:, 0]), p[:, 0])
-    # walked by the host, row by row: one transfer and a few comparisons, where tensors take some five operators a level
-    paths, keep, following = [], [], []
-    for tokens, parent, best in torch.stack([tree.tokens, tree.parent, p], 1).tolist():
+    # walked by the host, row by row: small transfers and a few comparisons, where tensors take some five operators a level
+    paths = []
+    for tokens, parent, best in zip(tree.tokens.tolist(), tree.parent.tolist(), p.tolist(), strict=True):
         path = [0]
         for node in range(1, tree.size):  # of several children that agree, the first
             if parent[node] == path[-1] and tokens[node] == best[path[-1]]:
                 path.append(node)
-        paths.append(path + [0] * (tree.size - len(path)))
-        keep.append(len(path))
-        following.append(best[path[-1]])
-    made = torch.tensor([[*path, kept, token] for path, kept, token in zip(paths, keep, following, strict=True)], device=p.device)
+        paths.append([*path, *[0] * (tree.size - len(path)), len(path), best[path[-1]]])
+    made = torch.tensor(paths, device=p.device)
     return Verdict(made[:, : tree.size], made[:, tree.size], made[:, tree.size + 1])
 
 

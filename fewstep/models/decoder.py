@@ -17,12 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.core.mixer import Aux, Causal, Context, Mask, Tree
 from fewstep.core.model import Output
 from fewstep.core.recipe import Config, choice, parse
+from fewstep.nn import kernels
 from fewstep.nn.ahead import Begins
 from fewstep.nn.blocks import Block, BlockConfig, norm
 from fewstep.nn.heads import HEADS
 from fewstep.nn.masks import places
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig
+from fewstep.nn.packed import packed_ends
 from fewstep.nn.position import POSITIONS, RopeConfig
 from fewstep.nn.stack import Stack, StackState
 
@@ -104,6 +106,7 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self.extra = nn.ModuleDict({head.drafter: self._heads(head) for head in config.heads})
+        self._ends: kernels.Ends | None = None  # as a kernel sees them, once packed
         self._initialise(self)
         self._begin(self.extra)
 
@@ -179,6 +182,8 @@ class Decoder(nn.Module):
             longest = int(slots.index[:, -tree.size :].where(tree.valid, -1).max()) + 1  # slots also count padding
             if longest > self.max_positions:
                 raise ValueError(f"max_positions={self.max_positions}: {longest} asked for; shorten the prompt or the tree")
+        if inputs is None and layers is None and need is None and (output := self._at_once(tree, stack, taps, mask, positions)):
+            return output
         x = self.embed(tree.tokens) if inputs is None else inputs
         resumed = inputs is not None and layers is not None and layers.start > 0
         if resumed and not stack.slotted:
@@ -201,6 +206,22 @@ class Decoder(nn.Module):
         if "logits" in taps:
             hidden["logits"] = logits
         return Output(logits, self._checked(hidden, taps), stack)
+
+    def _at_once(
+        self, tree: Tree, stack: StackState, taps: tuple[str, ...], mask: Mask | None, positions: Tensor | None
+    ) -> Output | None:
+        """`extend` as one call of a kernel; None where there is none for it."""
+        if self.position.embeds or any(name not in ("hidden", "final", "logits") for name in taps):
+            return None
+        ends = self._ends
+        if ends is None or ends.table.data_ptr() != self.embedding.weight.data_ptr():
+            ends = self._ends = packed_ends(self.embedding, self.norm, self.head)
+        ctx = Context(positions, parent=tree.parent, mask=mask or Causal())
+        if ends is None or (made := self.blocks.scores(tree.tokens, ctx, stack, ends)) is None:
+            return None
+        x, normed, logits, stack = made
+        hidden = {"hidden": x, "final": normed, "logits": logits}
+        return Output(logits, {name: hidden[name] for name in taps}, stack)
 
     def _block(self, layer: int) -> Block:
         mixers = self.config.mixers

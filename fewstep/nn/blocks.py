@@ -69,7 +69,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), aux
 
     def extend(self, x: Tensor, ctx: Context, state: Any) -> tuple[Tensor, State]:
-        if self.packed is not None and self.packed.takes(x, ctx, state.caches):
+        if self.packed is not None and self.packed.takes(x, x.shape[1], ctx, state.caches):
             return self.packed.extend(x, ctx, state)
         mixed, state = self.mixer.extend(self.mixer_norm(x), ctx, state)
         x = x + mixed

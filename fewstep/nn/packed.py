@@ -119,23 +119,27 @@ class PackedBlocks(PackedModule):
         """What turns queries and keys."""
         return self._rope[0]
 
-    def takes(self, x: Tensor, ctx: Context, caches: kernels.Caches | None) -> bool:
-        """Whether the call is one for the kernel. Depends on no other row of the batch."""
+    def takes(self, x: Tensor, count: int, ctx: Context, caches: kernels.Caches | None) -> bool:
+        """Whether `count` tokens a row with activations like x are for the kernel. Depends on no other row of the batch."""
         fits = caches is not None and x.dtype == self.steps.dtype == caches.dtype and isinstance(ctx.mask, Causal | Window)
-        return fits and _ours(x) and not torch.compiler.is_compiling()
+        return fits and _ours(x, count) and not torch.compiler.is_compiling()
 
     def forward(
         self, x: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots, first: int = 0, last: int | None = None
     ) -> Tensor:
         """x [B,T,D], the last pending nodes of `slots`, through blocks first .. last-1; keys and values go to `caches`."""
-        key = ("scene", slots)
-        if key not in ctx.shared:
-            ctx.shared[key] = self._scenes(x, ctx, slots)
-        scenes: list[kernels.Scene] = ctx.shared[key]
+        scenes = self._scenes(x, ctx, slots)
         if len(scenes) == 1:
             return self.steps(x, caches, scenes[0], first, last)
         pieces = x.split(scenes[0].count, 1)
         return torch.cat([self.steps(piece, caches, scene, first, last) for piece, scene in zip(pieces, scenes, strict=True)], 1)
+
+    def scores(
+        self, tokens: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots, ends: kernels.Ends
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `kernels.Steps.scores` for tokens [B,T], the last pending nodes of `slots`, which the call `takes`."""
+        (scene,) = self._scenes(tokens, ctx, slots)
+        return self.steps.scores(tokens, caches, scene, ends)
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """`Block.extend` where the blocks are one."""
@@ -144,11 +148,15 @@ class PackedBlocks(PackedModule):
         return self(x, ctx, state.caches, state.slots), state
 
     def _scenes(self, x: Tensor, ctx: Context, slots: Slots) -> list[kernels.Scene]:
-        """The call, or many tokens in pieces that fit the caches."""
-        (batch, count, _), positions, parent = x.shape, ctx.positions, slots.parent
+        """The kernel's views of a call on x [B,T,...], or of its pieces where many tokens pass."""
+        key = ("scene", slots)
+        if key in ctx.shared:
+            scenes: list[kernels.Scene] = ctx.shared[key]
+            return scenes
+        (batch, count), positions, parent = x.shape[:2], ctx.positions, slots.parent
         turn = None
         if self.rope is not None:
-            turn = self.rope.rows(slots.end if positions is None else int(positions.max()) + 1, x.device, x.dtype)
+            turn = self.rope.rows(slots.end if positions is None else int(positions.max()) + 1, x.device, self.steps.dtype)
         window = ctx.mask.size if isinstance(ctx.mask, Window) else None
         piece = count if count <= FEW else max(1, FEW // batch)
         scenes = []
@@ -158,6 +166,7 @@ class PackedBlocks(PackedModule):
             tree = None if parent is None else parent[:, :pending]
             place = None if positions is None else positions[:, start : start + size]
             scenes.append(kernels.Scene(size, slots.base, pending, slots.lengths, tree, place, turn, window))
+        ctx.shared[key] = scenes
         return scenes
 
 
@@ -175,7 +184,7 @@ class PackedJoin(PackedModule):
 
     def takes(self, x: Tensor) -> bool:
         """Whether the call is one for the kernel. Depends on no other row of the batch."""
-        return x.dtype == self.join.layer.dtype and _ours(x) and not torch.compiler.is_compiling()
+        return x.dtype == self.join.layer.dtype and _ours(x, x.shape[1]) and not torch.compiler.is_compiling()
 
     def forward(self, embedded: Tensor, hidden: Tensor, reads: Tensor | None) -> Tensor:
         return self.join(embedded, hidden, reads)
@@ -244,9 +253,9 @@ def pack(module: nn.Module) -> nn.Module:
     return module
 
 
-def _ours(x: Tensor) -> bool:
-    """Whether tokens with activations x [B,T,D] pass through the kernels: a few always, many where the kernels are the faster."""
-    return few(x, x.shape[1] if x.shape[1] <= FEW or not kernels.outpaces(x.dtype) else FEW)
+def _ours(x: Tensor, count: int) -> bool:
+    """Whether `count` tokens with activations like x pass through the kernels: a few always, many where these are the faster."""
+    return few(x, min(count, FEW) if kernels.outpaces(x.dtype) else count)
 
 
 def _packed(module: nn.Module, shared: set[int]) -> PackedModule | None:
@@ -278,6 +287,15 @@ def _packed_join(module: SequentialModule) -> PackedJoin | None:
         read = layer.nbytes + first.nbytes + second.nbytes
         return PackedJoin(kernels.Join(layer.packed, first.gain, second.gain), read)
     return None
+
+
+def packed_ends(embedding: nn.Embedding, norm: nn.Module, head: nn.Module) -> kernels.Ends | None:
+    """What stands before and behind a packed stack, for its `scores`; None where no kernel can."""
+    table = embedding.weight.detach()
+    if not isinstance(norm, PackedNorm) or not isinstance(head, PackedLinear) or not head.packed.panels:
+        return None
+    plain = table.dtype == head.packed.dtype and table.is_contiguous() and head.bias is None
+    return kernels.Ends(table, norm.gain, head.packed) if plain else None
 
 
 def packed_modules(heads: SequentialHeads, depth: int, embedding: nn.Module, head: nn.Module) -> PackedModules | None:

@@ -29,7 +29,9 @@ class MultiTokenConfig(HeadsDrafterConfig):
     """Draft with the heads that came with the checkpoint.
 
     `branching`: the children of each node, level by level; (): a chain as deep as the heads. `mode`: "drawn" nodes are sampled
-    from the heads' law, siblings without replacement; "chosen" nodes are its most likely ones.
+    from the heads' law, siblings without replacement; "chosen" nodes are its most likely ones. `reads`: how many of the prompt's
+    last positions the heads read; None: all, as they were trained. On `code-nano` 64 of 100 to 150 accept 0.4% fewer tokens a
+    call than all, and a prompt costs the heads half.
     """
 
     kind: ClassVar[str] = "mtp"
@@ -38,6 +40,7 @@ class MultiTokenConfig(HeadsDrafterConfig):
 
     branching: tuple[Annotated[int, Field(ge=1)], ...] = ()
     mode: Mode = "drawn"
+    reads: int | None = Field(default=64, ge=1)
 
     def build(self, target: Target, load: Load) -> "Drafter[HeadsState]":
         heads: Any = self.heads(target, load, SequentialHeads, ParallelHeads)
@@ -49,8 +52,8 @@ class MultiTokenConfig(HeadsDrafterConfig):
         if max(branching) > target.vocab:
             raise ValueError(f"drafter.branching={branching}: more children than the {target.vocab} tokens there are; lower it")
         if isinstance(heads, SequentialHeads):
-            return SequentialDrafter(heads, target, branching, self.mode)
-        return ParallelDrafter(heads, target, branching, self.mode)
+            return SequentialDrafter(heads, target, branching, self.mode, self.reads)
+        return ParallelDrafter(heads, target, branching, self.mode, self.reads)
 
 
 @final
@@ -91,15 +94,24 @@ class HeadsState:
 class _HeadsDrafter:
     """What both forms share: what is remembered of prompt and verdict."""
 
-    def __init__(self, heads: SequentialHeads | ParallelHeads, target: Target, branching: tuple[int, ...], mode: Mode) -> None:
+    def __init__(
+        self,
+        heads: SequentialHeads | ParallelHeads,
+        target: Target,
+        branching: tuple[int, ...],
+        mode: Mode,
+        reads: int | None = None,
+    ) -> None:
         self.taps: tuple[str, ...] = (heads.tap,)
         self.prompt_taps: tuple[str, ...] = self.taps
-        self.target, self.branching, self.mode = target, branching, mode
+        self.target, self.branching, self.mode, self.reads = target, branching, mode, reads
 
     def _begun(self, caches: Iterable[State], prompt: Tree, hidden: Mapping[str, Tensor]) -> HeadsState:
         count = prompt.valid.sum(1)
         fresh, tokens = _aligned(hidden[self.taps[0]], count), _aligned(prompt.tokens, count)
-        return HeadsState(tuple(caches), fresh, tokens[:, 1:], count)
+        width = min(self.reads or prompt.size, prompt.size)
+        fresh, tokens = fresh[:, prompt.size - width :], tokens[:, prompt.size - width + 1 :]
+        return HeadsState(tuple(caches), fresh, tokens, count.clamp(max=width))
 
     def observe(self, tree: Tree, verdict: Verdict, hidden: Mapping[str, Tensor], state: HeadsState) -> HeadsState:
         path, fresh = verdict.path[:, : max(verdict.keep.tolist())], hidden[self.taps[0]]
@@ -120,8 +132,10 @@ class SequentialDrafter(_HeadsDrafter):
     leaves a position of noise in their caches.
     """
 
-    def __init__(self, heads: SequentialHeads, target: Target, branching: tuple[int, ...], mode: Mode) -> None:
-        super().__init__(heads, target, branching, mode)
+    def __init__(
+        self, heads: SequentialHeads, target: Target, branching: tuple[int, ...], mode: Mode, reads: int | None = None
+    ) -> None:
+        super().__init__(heads, target, branching, mode, reads)
         self.heads = heads
         self._packed = packed_modules(heads, len(branching), *target.ends)
 
@@ -181,8 +195,10 @@ class SequentialDrafter(_HeadsDrafter):
 class ParallelDrafter(_HeadsDrafter):
     """Gloeckle's heads: one evaluation of each head's block at the new positions; the levels of the tree are independent."""
 
-    def __init__(self, heads: ParallelHeads, target: Target, branching: tuple[int, ...], mode: Mode) -> None:
-        super().__init__(heads, target, branching, mode)
+    def __init__(
+        self, heads: ParallelHeads, target: Target, branching: tuple[int, ...], mode: Mode, reads: int | None = None
+    ) -> None:
+        super().__init__(heads, target, branching, mode, reads)
         self.heads = heads
 
     def init(self, prompt: Tree, hidden: Mapping[str, Tensor], capacity: int) -> HeadsState:

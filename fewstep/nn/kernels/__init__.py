@@ -9,7 +9,7 @@ from fewstep.nn.kernels.ends import Join, argmax
 from fewstep.nn.kernels.kernel import DTYPES, available, outpaces
 from fewstep.nn.kernels.modules import Certain, Module, Modules, Seat
 from fewstep.nn.kernels.norm import rms_norm
-from fewstep.nn.kernels.parts import Gain, Parts
+from fewstep.nn.kernels.parts import Ends, Gain, Parts
 from fewstep.nn.kernels.skinny import Packed, linear, pack
 from fewstep.nn.kernels.step import Caches, Scene, Steps
 
@@ -17,6 +17,7 @@ __all__ = [
     "DTYPES",
     "Caches",
     "Certain",
+    "Ends",
     "Gain",
     "Join",
     "Module",

@@ -10,6 +10,12 @@ typedef struct {
     float eps;
 } norm;
 
+typedef struct {
+    const void *weight; /* panels of skinny.c */
+    const float *bias;
+    long in, out;
+} layer;
+
 /* norm.c */
 void rms_norm(const void *x, const float *weight, void *y, long rows, long width, float eps, int bf16);
 
@@ -76,5 +82,37 @@ long sight_window(const scene *s, long window);
 long sight_memory(const scene *s, long window);
 const view *look(const scene *s, long window, char *memory);
 void place(const scene *s, int64_t *angles);
+
+/* step.c */
+typedef struct { /* w [norm(a row's embedding); norm(what it reads)] */
+    const norm *embed, *hidden;
+    const layer *layer;
+    const void *from; /* [batch, sources, width] */
+    const int64_t *reads; /* [batch, queries]; NULL: its own place */
+    long sources;
+} joint;
+
+typedef struct { /* one call: x and y [batch, queries, width], all bf16 or all fp32 */
+    const void *blocks, *caches;
+    long depth;
+    const scene *scene;
+    long width, slots;
+    int bf16;
+    const void *x; /* NULL: embeddings of tokens, alone or joined to something else */
+    const void *table;
+    const int64_t *tokens; /* rows `token_row` apart */
+    long token_row, vocab;
+    const joint *join; /* or NULL */
+    void *y;
+    const norm *last; /* NULL: no scores */
+    const layer *head;
+    long tail; /* of the last so many tokens of a row: */
+    void *final, *scores; /* normed [batch, tail, width], or NULL; [batch, tail, vocab] */
+} steps;
+
+int run_steps(const steps *c);
+
+/* ends.c */
+void largest(const void *x, int64_t *y, long rows, long width, int bf16);
 
 #endif

@@ -94,7 +94,7 @@ class Kernel:
         self.draft_tree = library.draft_tree
         self.draft_tree.argtypes = (pointer,) * 3
         self.run_steps = library.run_steps
-        self.run_steps.argtypes = (*[pointer] * 2, size, *[pointer] * 3, *[size] * 2, flag)
+        self.run_steps.argtypes = (pointer,)
         self.keep_slots = library.keep_slots
         self.keep_slots.argtypes = (pointer, *[size] * 4, *[pointer] * 2, size, pointer)
 

@@ -7,12 +7,6 @@
  * This file knows nothing of tensors, nor of how a verdict is reached. */
 #include "rows.h"
 
-typedef struct {
-    const void *weight;
-    const float *bias;
-    long in, out;
-} layer;
-
 typedef struct { /* a draft module, made once */
     norm embed, hidden, last;
     layer join;
@@ -44,15 +38,9 @@ typedef struct {
 
 typedef struct {
     int64_t *tokens, *parents, *reads; /* tokens and parents [batch, total] */
-    char *embedded, *joined, *made, *source, *best, *scores;
+    char *made, *source, *scores;
     long total, size, sources; /* sources: entries of a row of `source` */
 } desk;
-
-int join_rows(const norm *a_norm, const norm *b_norm, const void *weight, const float *bias, const void *a, const void *b,
-              const int64_t *reads, void *y, long batch, long count, long sources, long width, long out, int bf16, int threads);
-int run_steps(const void *blocks, const void *caches, long depth, const scene *s, const void *x, void *y, long width, long slots,
-              int bf16);
-void largest(const void *x, int64_t *y, long rows, long width, int bf16);
 
 static void begin(const draft *d, const desk *k) {
     for (long b = 0; b < d->batch; b++) {
@@ -64,35 +52,27 @@ static void begin(const draft *d, const desk *k) {
     }
 }
 
-/* Module m on the first `count` nodes of every row: k->made [batch, count, width]. */
-static int evaluate(const draft *d, const desk *k, const module *m, const seat *s, long count, int first) {
-    const long pitch = d->width * k->size;
+/* Module m on the first `count` nodes of every row: k->made [batch, count, width], and the scores of the last `level` of them. */
+static int evaluate(const draft *d, const desk *k, const module *m, const seat *s, long count, long level, int first) {
     for (long b = 0; b < d->batch; b++)
         for (long t = 0; t < count; t++) {
-            const int64_t token = k->tokens[b * k->total + t], parent = k->parents[b * k->total + t];
-            if (token < 0 || token >= d->head.out) return BAD_TOKEN;
-            memcpy(k->embedded + (b * count + t) * pitch, (const char *)d->table + token * pitch, pitch);
+            const int64_t parent = k->parents[b * k->total + t];
             k->reads[b * count + t] = parent < 0 ? 0 : parent + 1;
         }
-    const void *source = first ? d->hidden : k->source;
-    const int failed = join_rows(&m->embed, &m->hidden, m->join.weight, m->join.bias, k->embedded, source, first ? NULL : k->reads,
-                                 k->joined, d->batch, count, first ? count : k->sources, d->width, d->width, d->bf16, d->threads);
-    if (failed) return NO_MEMORY;
     const scene sight = {.batch = d->batch, .queries = count, .base = s->base, .pending = count, .lengths = s->lengths,
                          .parent = k->parents, .parent_row = k->total, .cos = d->cos, .sin = d->sin, .angles = d->angles,
                          .threads = d->threads};
-    return run_steps(m->block, s->cache, 1, &sight, k->joined, k->made, d->width, s->slots, d->bf16);
+    const joint join = {.embed = &m->embed, .hidden = &m->hidden, .layer = &m->join, .from = first ? d->hidden : k->source,
+                        .reads = first ? NULL : k->reads, .sources = first ? count : k->sources};
+    const steps call = {.blocks = m->block, .caches = s->cache, .depth = 1, .scene = &sight, .width = d->width, .slots = s->slots,
+                        .bf16 = d->bf16, .table = d->table, .tokens = k->tokens, .token_row = k->total, .vocab = d->head.out,
+                        .join = &join, .y = k->made, .last = &m->last, .head = &d->head, .tail = level, .scores = k->scores};
+    return run_steps(&call);
 }
 
 /* The `branch` best tokens after each of the last `level` of `count` nodes become nodes. */
-static int sprout(const draft *d, const desk *k, const module *m, long count, long level, long branch) {
-    const long pitch = d->width * k->size, vocab = d->head.out;
-    for (long b = 0, row = 0; b < d->batch; b++)
-        for (long n = 0; n < level; n++, row++)
-            normalise(&m->last, k->made + (b * count + count - level + n) * pitch, stored(d->bf16), k->best + row * pitch,
-                      stored(d->bf16), d->width);
-    if (skinny_linear(d->head.weight, d->head.bias, k->best, k->scores, d->batch * level, d->width, vocab, d->bf16, d->bf16, d->threads))
-        return NO_MEMORY;
+static void sprout(const draft *d, const desk *k, long count, long level, long branch) {
+    const long vocab = d->head.out;
     for (long b = 0; b < d->batch; b++)
         for (long n = 0; n < level * branch; n++) {
             char *scores = k->scores + (b * level + n / branch) * vocab * k->size;
@@ -104,7 +84,6 @@ static int sprout(const draft *d, const desk *k, const module *m, long count, lo
             const int padded = parent >= d->certain && k->parents[b * k->total + parent] < 0;
             k->parents[b * k->total + count + n] = left_out || padded ? -2 : parent;
         }
-    return 0;
 }
 
 static void finish(const draft *d, const desk *k) {
@@ -121,20 +100,19 @@ int draft_tree(const module *modules, const seat *seats, const draft *d) {
     const long size = d->bf16 ? 2 : 4, total = d->certain - 1 + d->nodes, rows = d->batch * (total + 1), pitch = d->width * size;
     long widest = 1, level = 1;
     for (long i = 0; i + 1 < d->depth; i++) widest = (level *= d->branching[i]) > widest ? level : widest;
-    const long floats = 4 * rows * pitch + d->batch * widest * (pitch + d->head.out * size), whole = 3 * rows * (long)sizeof(int64_t);
+    const long floats = 2 * rows * pitch + d->batch * widest * d->head.out * size, whole = 3 * rows * (long)sizeof(int64_t);
     char *memory = malloc(whole + floats);
     if (!memory) return NO_MEMORY;
     desk k = {.tokens = (int64_t *)memory, .total = total, .size = size};
     k.parents = k.tokens + rows, k.reads = k.parents + rows;
-    k.embedded = memory + whole, k.joined = k.embedded + rows * pitch, k.made = k.joined + rows * pitch;
-    k.source = k.made + rows * pitch, k.best = k.source + rows * pitch, k.scores = k.best + d->batch * widest * pitch;
+    k.made = memory + whole, k.source = k.made + rows * pitch, k.scores = k.source + rows * pitch;
     begin(d, &k);
     long count = d->certain;
     int failed = 0;
     level = 1;
     for (long i = 0; i < d->depth && !failed; i++) {
-        failed = evaluate(d, &k, modules + i, seats + i, count, i == 0);
-        if (!failed) failed = sprout(d, &k, modules + i, count, level, d->branching[i]);
+        failed = evaluate(d, &k, modules + i, seats + i, count, level, i == 0);
+        if (!failed) sprout(d, &k, count, level, d->branching[i]);
         for (long b = 0; b < d->batch && !failed; b++) {
             if (i + 1 == d->depth) break;
             const char *made = k.made + b * count * pitch;

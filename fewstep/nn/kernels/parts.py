@@ -100,6 +100,34 @@ class Parts:
         return BlockStruct(*layers, *norms, self.heads, self.kv_heads, self.head_width, self.window or 0, self.gated)
 
 
+@final
+class Ends:
+    """What stands before and behind a stack of width D: an embedding, the last norm and the unembedding.
+
+    Args:
+        table: [V,D], the embedding, contiguous.
+        norm: over D.
+        head: [V,D], the unembedding, in panels, of the table's dtype.
+
+    Raises: ValueError where they do not fit together.
+    """
+
+    def __init__(self, table: Tensor, norm: Gain, head: Packed) -> None:
+        self.table, self.norm, self.head = table, norm, head
+        self.dtype, (self.vocab, self.width) = head.dtype, head.shape
+        same = table.shape == head.shape and table.dtype == head.dtype and norm.weight.shape == (self.width,)
+        if not same or not table.is_contiguous() or not head.panels:
+            raise ValueError(
+                f"table is {tuple(table.shape)} {table.dtype}, head {head.shape} {head.dtype}, norm {tuple(norm.weight.shape)}: "
+                "expected the same [V,D] and dtype, a norm over D, and panels of the kernel"
+            )
+        self._structs = norm_struct(norm), layer_struct(head)
+        self.addresses = tuple(ctypes.addressof(struct) for struct in self._structs)
+
+    def __reduce__(self) -> tuple[type["Ends"], tuple[Tensor, Gain, Packed]]:
+        return Ends, (self.table, self.norm, self.head)  # a copy has weights and addresses of its own
+
+
 def layer_struct(packed: Packed) -> LayerStruct:
     """Addresses and sizes for a kernel; it keeps nothing alive."""
     bias = None if packed.bias is None else packed.bias.data_ptr()

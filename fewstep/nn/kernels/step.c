@@ -1,5 +1,5 @@
 /* The step of a stack of decoder blocks: x + attention(norm(x)), then x + MLP(norm(x)), for a few rows over caches of keys and
- * values, all blocks in one parallel region whose threads meet between the stages.
+ * values, all blocks, and what stands before and behind them, in one parallel region whose threads meet between the stages.
  *
  * Rounding. What is stored has the activations' type: norms, projections, turned queries and keys, attention, activations and
  * both sums are rounded once each; in between all is fp32. PyTorch's operators round more often within a norm, a turn and an
@@ -25,12 +25,6 @@ enum { SPINS = 2000 }; /* looks at a meeting's state before a thread sleeps, so 
 enum { OWN_NORMS = 8 }; /* rows up to which every thread norms them all for itself */
 enum { WORTH = 1 << 18 }; /* multiply-adds of a block below which a second thread costs more than it saves */
 
-typedef struct {
-    const void *weight;
-    const float *bias;
-    long in, out;
-} layer;
-
 typedef struct { /* one per layer of the model, made once */
     layer qkv, out, up, down;
     norm mixer, mlp, q, k;
@@ -44,6 +38,7 @@ typedef struct {
 } cache;
 
 typedef struct { /* one call */
+    const steps *c;
     const block *blocks, *end;
     const cache *caches;
     const scene *scene;
@@ -53,7 +48,7 @@ typedef struct { /* one call */
     int bf16;
     enum form form, words; /* of activations; of those that panels read */
     char *y, *projected, *more; /* the sum so far; qkv, gate and up; what is added to the sum */
-    float *normed, *mixed, *active, *scratch; /* words; `own` floats a thread */
+    float *normed, *mixed, *active, *joined, *scratch; /* words; `own` floats a thread */
     long own;
 } work;
 
@@ -251,8 +246,56 @@ static void activate(const hand *h, const block *b, const float *normed) {
     meet(h);
 }
 
+static const char *embedding(const steps *c, long row, long bytes) {
+    const long queries = c->scene->queries;
+    return (const char *)c->table + c->tokens[row / queries * c->token_row + row % queries] * bytes;
+}
+
+/* Two rows side by side, each normed for itself or as it is, through a layer: of few rows each thread makes its own words. */
+static void enter(const hand *h) {
+    const work *w = h->w;
+    const joint *j = w->c->join;
+    const long width = w->width, bytes = width * size_of(w->form), queries = w->scene->queries, count = skinny_panel_count(width);
+    const int shared = w->rows > OWN_NORMS;
+    float *joined = w->joined + (shared ? 0 : h->thread * w->rows * skinny_pitch(2 * width));
+    for (long r = shared ? start(h, w->rows) : 0; r < (shared ? stop(h, w->rows) : w->rows); r++) {
+        const long read = j->reads ? j->reads[r] : r % queries;
+        const char *sides[2] = {embedding(w->c, r, bytes), (const char *)j->from + (r / queries * j->sources + read) * bytes};
+        const norm *by[2] = {j->embed, j->hidden};
+        char *to = word_row(joined, r, 2 * width);
+        for (int side = 0; side < 2; side++, to += width * size_of(w->words))
+            if (by[side]->weight) normalise(by[side], sides[side], w->form, to, w->words, width);
+            else EACH(i, n, width) store(to, i, n, fetch(sides[side], i, n, w->form), w->words);
+        end_row(w, word_row(joined, r, 2 * width), 2 * width);
+    }
+    if (shared) meet(h);
+    panels(h, j->layer, joined, w->y, start(h, count), stop(h, count));
+    meet(h);
+}
+
+/* The last tokens' scores: normed rows through the unembedding. */
+static void leave(const hand *h) {
+    const work *w = h->w;
+    const steps *c = w->c;
+    const long width = w->width, bytes = width * size_of(w->form), queries = w->scene->queries, rows = w->scene->batch * c->tail;
+    const long count = skinny_panel_count(c->head->out);
+    const int shared = w->rows > OWN_NORMS; /* as the memory is laid out */
+    float *normed = w->normed + (shared ? 0 : h->thread * w->rows * skinny_pitch(width));
+    for (long r = shared ? start(h, rows) : 0; r < (shared ? stop(h, rows) : rows); r++) {
+        const char *from = w->y + (r / c->tail * queries + queries - c->tail + r % c->tail) * bytes;
+        char *to = word_row(normed, r, width);
+        normalise(c->last, from, w->form, to, w->words, width);
+        end_row(w, to, width);
+        if (c->final && (shared || h->thread == 0)) normalise(c->last, from, w->form, (char *)c->final + r * bytes, w->form, width);
+    }
+    if (shared) meet(h);
+    skinny_panels(c->head->weight, c->head->bias, normed, c->scores, rows, width, c->head->out, w->bf16, start(h, count),
+                  stop(h, count));
+}
+
 static void run(const hand *h) {
     const work *w = h->w;
+    if (w->c->join) enter(h);
     for (const block *b = w->blocks; b < w->end; b++) {
         const cache *c = w->caches + (b - w->blocks);
         const long qkv = skinny_panel_count(b->qkv.out);
@@ -263,6 +306,7 @@ static void run(const hand *h) {
         activate(h, b, norm_rows(h, &b->mlp));
         add(h, &b->down, w->active);
     }
+    if (w->c->last) leave(h);
 }
 
 static void *take(char **memory, long bytes) {
@@ -301,6 +345,7 @@ static char *lay_out(work *w, char *memory, int threads, int real) {
     w->projected = take(&memory, w->rows * widest * size);
     w->more = take(&memory, w->rows * w->width * size);
     w->normed = take(&memory, (w->rows > OWN_NORMS ? 1 : threads) * w->rows * skinny_pitch(w->width) * sizeof(float));
+    w->joined = take(&memory, w->c->join ? (w->rows > OWN_NORMS ? 1 : threads) * w->rows * skinny_pitch(2 * w->width) * sizeof(float) : 0);
     w->mixed = take(&memory, w->rows * mixed * sizeof(float));
     w->active = take(&memory, w->rows * active * sizeof(float));
     w->scratch = take(&memory, threads * w->own * sizeof(float));
@@ -314,12 +359,27 @@ static int threads_for(const work *w) {
     return forked || w->scene->threads < 1 || w->rows * work_of_all < (w->end - w->blocks) * WORTH ? 1 : w->scene->threads;
 }
 
-/* x and y [batch, queries, width], caches [batch, keys then values of kv_heads, slots, head_width], weights: all bf16 or all fp32.
- * Returns 0; what of the scene is out of range, nothing written; or NO_MEMORY: the slots may have been written, y is undefined. */
-int run_steps(const block *blocks, const cache *caches, long depth, const scene *s, const void *x, void *y, long width, long slots,
-              int bf16) {
-    work w = {.blocks = blocks, .end = blocks + depth, .caches = caches, .scene = s, .rows = s->batch * s->queries, .width = width,
-              .slots = slots, .bf16 = bf16, .form = stored(bf16), .words = skinny_form(bf16), .y = y};
+/* Where the call begins, unless it is joined. 0, or BAD_TOKEN; nothing written then. */
+static int begin(const work *w) {
+    const steps *c = w->c;
+    const long bytes = w->width * size_of(w->form);
+    for (long r = 0; !c->x && r < w->rows; r++) {
+        const int64_t token = c->tokens[r / c->scene->queries * c->token_row + r % c->scene->queries];
+        if (token < 0 || token >= c->vocab) return BAD_TOKEN;
+    }
+    if (c->x) memcpy(w->y, c->x, w->rows * bytes);
+    else if (!c->join)
+        for (long r = 0; r < w->rows; r++) memcpy(w->y + r * bytes, embedding(c, r, bytes), bytes);
+    return 0;
+}
+
+/* Caches [batch, keys then values of kv_heads, slots, head_width]. Returns 0; what is out of range, nothing written; or NO_MEMORY:
+ * nothing written. */
+int run_steps(const steps *c) {
+    const scene *s = c->scene;
+    const block *blocks = c->blocks;
+    work w = {.c = c, .blocks = blocks, .end = blocks + c->depth, .caches = c->caches, .scene = s, .rows = s->batch * s->queries,
+              .width = c->width, .slots = c->slots, .bf16 = c->bf16, .form = stored(c->bf16), .words = skinny_form(c->bf16), .y = c->y};
     const int bad = check_scene(s), threads = threads_for(&w);
     if (bad) return bad;
     const long angles = (w.rows * (long)sizeof(int64_t) + 63) / 64 * 64;
@@ -328,13 +388,13 @@ int run_steps(const block *blocks, const cache *caches, long depth, const scene 
     int64_t *turns = (int64_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
     place(s, turns);
     w.angles = turns;
-    for (long r = 0; s->cos && r < w.rows; r++)
-        if (turns[r] < 0) {
-            free(memory);
-            return BAD_POSITION;
-        }
+    int failed = begin(&w);
+    for (long r = 0; s->cos && r < w.rows && !failed; r++) failed = turns[r] < 0 ? BAD_POSITION : 0;
+    if (failed) {
+        free(memory);
+        return failed;
+    }
     lay_out(&w, (char *)turns + angles, threads, 1);
-    memcpy(y, x, w.rows * width * size_of(w.form));
 #ifdef _OPENMP
     meeting at = {0};
 #pragma omp parallel num_threads(threads) if (threads > 1)

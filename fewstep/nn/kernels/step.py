@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.nn.kernels.kernel import DTYPES, default_kernel
-from fewstep.nn.kernels.parts import BlockStruct, Gain, Parts
-
-__all__ = ["Caches", "Gain", "Parts", "Scene", "Steps"]
+from fewstep.nn.kernels.parts import BlockStruct, Ends, Parts
 
 
 @final
@@ -32,6 +30,22 @@ class _Scene(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cos", "sin")),
         *((name, ctypes.c_long) for name in ("angles", "window")),
         ("threads", ctypes.c_int),
+    ]
+
+
+@final
+class _Steps(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("blocks", "caches")),
+        ("depth", ctypes.c_long),
+        ("scene", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("width", "slots")),
+        ("bf16", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("x", "table", "tokens")),
+        *((name, ctypes.c_long) for name in ("token_row", "vocab")),
+        *((name, ctypes.c_void_p) for name in ("join", "y", "last", "head")),
+        ("tail", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("final", "scores")),
     ]
 
 
@@ -257,29 +271,47 @@ class Steps:
         """
         kernel = default_kernel()
         last = len(self.parts) if last is None else last
-        if kernel is None or self._unfit(x, caches, scene, first, last):
+        if kernel is None or x.shape[-1:] != (self.width,) or self._unfit(x, caches, scene, first, last):
             self._refuse(x, caches, scene, first, last)
         x = x.contiguous()
         y = torch.empty_like(x)
-        code = kernel.run_steps(
-            self.address + first * BLOCK_BYTES,
-            caches.address + first * CACHE_BYTES,
-            last - first,
-            scene.address,
-            x.data_ptr(),
-            y.data_ptr(),
-            self.width,
-            caches.capacity,
-            self._bf16,
+        blocks, seats = self.address + first * BLOCK_BYTES, caches.address + first * CACHE_BYTES
+        call = _Steps(
+            blocks, seats, last - first, scene.address, self.width, caches.capacity, self._bf16, x.data_ptr(), y=y.data_ptr()
         )
-        if code > 0:
-            scene.refuse(code)
-        if code:
-            raise MemoryError(f"no memory for the activations of {scene.batch * scene.count} tokens: feed fewer at a time")
+        _checked(kernel.run_steps(ctypes.addressof(call)), scene)
         return y
 
+    def scores(self, tokens: Tensor, caches: Caches, scene: Scene, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
+        """All blocks between the model's ends: the embeddings of new tokens go in, their scores come out.
+
+        Args:
+            tokens: int64 [B,T] on the CPU.
+            caches: as in a call.
+            scene: as in a call.
+            ends: of this width and dtype.
+
+        Returns: what the last block gave [B,T,D], the same normed, and the scores [B,T,V].
+
+        Raises: as a call; ValueError for a token that has no embedding.
+
+        Cost: the weights' and the visible keys' bytes while rows are few.
+        """
+        kernel, depth = default_kernel(), len(self.parts)
+        if kernel is None or (ends.width, ends.dtype) != (self.width, self.dtype) or self._unfit(tokens, caches, scene, 0, depth):
+            self._refuse(tokens, caches, scene, 0, depth)
+        tokens, table = tokens.contiguous(), ends.table
+        batch, count = scene.batch, scene.count
+        y, normed, scores = (table.new_empty(batch, count, width) for width in (self.width, self.width, ends.vocab))
+        given = None, table.data_ptr(), tokens.data_ptr(), count, ends.vocab, None
+        made = y.data_ptr(), *ends.addresses, count, normed.data_ptr(), scores.data_ptr()
+        call = _Steps(self.address, caches.address, depth, scene.address, self.width, caches.capacity, self._bf16, *given, *made)
+        _checked(kernel.run_steps(ctypes.addressof(call)), scene, tokens)
+        return y, normed, scores
+
     def _unfit(self, x: Tensor, caches: Caches, scene: Scene, first: int, last: int) -> bool:
-        if x.shape != (scene.batch, scene.count, self.width) or x.dtype != self.dtype or not x.is_cpu:
+        """Whether x, activations or tokens, does not fit in."""
+        if x.shape[:2] != (scene.batch, scene.count) or x.dtype != (self.dtype if x.ndim == 3 else torch.int64) or not x.is_cpu:
             return True
         if caches.layouts != self.layouts or caches.dtype != self.dtype or caches.batch != scene.batch:
             return True
@@ -298,8 +330,10 @@ class Steps:
             raise ValueError(f"first={first}, last={last}: expected 0 <= first < last <= {len(self.parts)}, the number of blocks")
         if scene.turned is not None and (scene.turned[1] != self.dtype or self._widths != {scene.turned[0]}):
             raise ValueError(f"turn has width and dtype {scene.turned}: expected {sorted(self._widths)} and {self.dtype}")
-        if x.shape != (scene.batch, scene.count, self.width) or x.dtype != self.dtype or not x.is_cpu:
-            wanted = f"[{scene.batch},{scene.count},{self.width}] {self.dtype} on the CPU"
+        plain = x.shape == (scene.batch, scene.count, self.width) and x.dtype == self.dtype
+        tokens = x.shape == (scene.batch, scene.count) and x.dtype == torch.int64
+        if not (plain or tokens) or not x.is_cpu:
+            wanted = f"[{scene.batch},{scene.count},{self.width}] {self.dtype} on the CPU, or tokens and ends like that"
             raise ValueError(f"x is {tuple(x.shape)} {x.dtype} on {x.device}: expected {wanted}")
         raise ValueError(
             f"caches have batch {caches.batch}, capacity {caches.capacity}, {caches.dtype} and (2 kv heads, head width) "
@@ -307,9 +341,21 @@ class Steps:
         )
 
 
+def _checked(code: int, scene: Scene, tokens: Tensor | None = None) -> None:
+    """Raises the error that the kernel's answer stands for."""
+    if code == BAD_TOKEN:
+        raise ValueError(
+            f"tokens={None if tokens is None else tokens.tolist()}: one has no embedding; encode with this model's tokenizer"
+        )
+    if code > 0:
+        scene.refuse(code)
+    if code:
+        raise MemoryError(f"no memory for the activations of {scene.batch * scene.count} tokens: feed fewer at a time")
+
+
 OFF = "kernels are off: blocks step by their modules then; unset FEWSTEP_KERNELS or load the model anew"
 BLOCK_BYTES, CACHE_BYTES = ctypes.sizeof(BlockStruct), ctypes.sizeof(_Cache)
-BAD_LENGTHS, BAD_PARENT = 1, 2  # as in calls.h
+BAD_LENGTHS, BAD_PARENT, BAD_TOKEN = 1, 2, 4  # as in calls.h
 
 
 def _is_table(x: Tensor, shape: tuple[int, ...]) -> bool:
