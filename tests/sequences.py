@@ -15,6 +15,7 @@ from fewstep.nn.blocks import Block, BlockConfig
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig
 from fewstep.nn.position import NoPositionConfig, RopeConfig
+from fewstep.nn.recurrent import Recurrent
 
 WIDTH, HEADS, VOCAB = 16, 4, 11
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -82,6 +83,21 @@ def _mixer(
     return make
 
 
+def _is_recurrent(config: Any) -> bool:
+    return isinstance(config.build(width=WIDTH, heads=HEADS, position=NoPositionConfig().build(head_width=4)), Recurrent)
+
+
+def _in_chunks(config: Any) -> Callable[[], Sublayer]:
+    """A recurrent mixer that reads so few tokens at once that every law runs over several chunks."""
+
+    def make() -> Sublayer:
+        subject = _mixer(config)()
+        subject.module.chunk = 3
+        return subject
+
+    return make
+
+
 def _head_width(config: Any) -> int:
     return (config.head_width if isinstance(config, AttentionConfig) else None) or WIDTH // HEADS
 
@@ -120,6 +136,7 @@ _WINDOWED = AttentionConfig(window=3)
 MIXER_SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {
     **{f"{kind}-rope": _mixer(config()) for kind, config in MIXERS.items()},
     **{f"{kind}-none": _mixer(config(), NoPositionConfig()) for kind, config in MIXERS.items()},
+    **{f"{kind}-chunks": _in_chunks(config()) for kind, config in MIXERS.items() if _is_recurrent(config())},
     "attention-grouped": _mixer(AttentionConfig(kv_heads=2)),
     "attention-multiquery-normed": _mixer(AttentionConfig(kv_heads=1, qk_norm=True)),
     "attention-biased-wide": _mixer(AttentionConfig(bias=True, out_bias=True, head_width=6)),
