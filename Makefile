@@ -27,9 +27,9 @@ venv: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(RUN) -m fewstep.report.demo
 
-# Everything that is exact and quick, with the slowest 20 tests.
+# Everything that is exact and quick, two tests at a time, with the slowest 20.
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -m "not claims"
+	$(RUN) -m pytest -n 2 -m "not claims"
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check fewstep tests benchmarks

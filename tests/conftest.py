@@ -7,7 +7,8 @@ import secrets
 import pytest
 import torch
 
-RUN_SEED = int(os.environ.get("FEWSTEP_SEED") or secrets.randbits(32))
+os.environ["FEWSTEP_SEED"] = os.environ.get("FEWSTEP_SEED") or str(secrets.randbits(32))  # the workers of -n inherit it
+RUN_SEED = int(os.environ["FEWSTEP_SEED"])
 
 torch.set_num_threads(1)
 
