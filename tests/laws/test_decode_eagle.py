@@ -36,6 +36,7 @@ SETTINGS: Mapping[str, Any] = {
     "3-dynamic": Eagle3Config(topk=3, depth=3, nodes=8),
 }
 MIXED = SamplingConfig(temperature=0.9, top_k=4, top_p=0.95, repetition_penalty=1.2)
+AGREEING = 6  # the seed of a model whose heads are so near its law that 256 samples hold every acceptance more than fifty times
 
 
 def model(seed: int, vocab: int = VOCAB) -> Decoder:
@@ -145,11 +146,10 @@ def test_the_budget_of_each_row_is_kept(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_drafts_are_accepted_and_refused(name: str, seed: int) -> None:
-    target = model(5)
+    target = model(AGREEING)
     drafter = SETTINGS[name].build(target, no_load)
     rows = decode(target, drafter, [PROMPT], Settings(LENGTH + 16), sampling=WARM, seed=seed, samples=256)
-    found = {accepted for row in rows for accepted in row.accepted}
-    assert {0, 1, 2} <= found <= {0, 1, 2, 3}  # three chosen nodes in a row are rare
+    assert {accepted for row in rows for accepted in row.accepted} == {0, 1, 2, 3}
 
 
 class Lent:

@@ -34,7 +34,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {  # sizes that do and do not fill vec
     },
     "wide": {  # enough work for threads even on one row, each of which norms it for itself
         "depth": 2,
-        "init_std": 0.1,
         "width": 160,
         "query_heads": 3,
         "hidden": 416,
@@ -72,15 +71,18 @@ NONE = torch.zeros(3, dtype=torch.int64)
 
 
 class Stack:
-    """Random blocks, none of whose biases and gains is neutral: as modules, and as the kernel's steps."""
+    """Random blocks, none of whose biases and gains is neutral: as modules, and as the kernel's steps.
+
+    Queries and keys are of unit size, so that scores are: a sharper softmax would magnify the rounding of a score.
+    """
 
     def __init__(self, shape: str, dtype: torch.dtype, seed: int) -> None:
         torch.manual_seed(seed)
-        network = parse(DecoderConfig, {"vocab": 11, "init_std": 0.2, **SHAPES[shape]}).build()
+        self.dtype, self.width = dtype, SHAPES[shape]["width"]
+        network = parse(DecoderConfig, {"vocab": 11, "init_std": self.width**-0.5, **SHAPES[shape]}).build()
         with torch.no_grad():
             for parameter in network.parameters():
-                parameter.add_(0.2 * min(1.0, (64 / SHAPES[shape]["width"]) ** 0.5) * torch.randn_like(parameter))
-        self.dtype, self.width = dtype, SHAPES[shape]["width"]
+                parameter.add_(0.1 * torch.randn_like(parameter))
         self.blocks: Any = network.to(dtype).eval().requires_grad_(False).blocks
         self.steps = Steps([parts(block) for block in self.blocks])
         self.rope: Any = self.blocks[0].mixer.position
@@ -148,7 +150,7 @@ def calls() -> Iterator[tuple[Tensor, int, int, int, Tensor | None, dict[str, An
 def test_one_call_is_what_the_modules_compute(kernel_path: str, shape: str, dtype: torch.dtype, seed: int) -> None:
     stack = Stack(shape, dtype, seed)
     ours = stack.caches(3)
-    limit = len(stack.steps) * (2.0**-5 if dtype == torch.bfloat16 else 1e-5)
+    limit = len(stack.steps) * (2.0**-6 if dtype == torch.bfloat16 else 1e-5)
     for lengths, base, pending, count, parent, more in calls():
         x = torch.randn(3, count, stack.width).to(dtype)
         caches = [cache.float() for cache in ours.tensors]

@@ -1,8 +1,12 @@
 """Mixed precision (arXiv:1710.03740): what underflows, what loss scaling saves, and torch's rules for the scale."""
 
+import json
+import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from train_toy import ROWS, ToyData, ToyModel, ToyObjective, plan, trainer
 
-from fewstep.core.random import CounterRng
+from fewstep.core.objective import Batch, Loss
+from fewstep.core.random import CounterRng, Rng
 from fewstep.training.checkpoint import read
 from fewstep.training.health import Diverged
 from fewstep.training.optim import AdamWConfig
@@ -154,17 +159,59 @@ def test_scaled_fp16_and_bf16_follow_fp32_within_one_percent(tmp_path: Path, see
     assert end("unscaled", _UNSCALED) > 1.1 * reference
 
 
-def test_an_overflow_skips_the_step_and_halves_the_scale(tmp_path: Path, seed: int, emulated: None) -> None:
-    """Starting far too high, the scale comes down by halves, each costing a step, until gradients fit; then training goes on."""
-    base = plan(30)
+class Seen(ToyObjective):
+    """Keeps the weights of the head as each step found them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def loss(self, model: nn.Module, batch: Batch, rng: Rng) -> Loss:
+        self.weights.append(model.get_parameter("head.weight").detach().clone())
+        return super().loss(model, batch, rng)
+
+
+class Steady(Seen):
+    """A loss whose gradient is 1 in every weight of the head, always."""
+
+    def loss(self, model: nn.Module, batch: Batch, rng: Rng) -> Loss:
+        super().loss(model, batch, rng)
+        head = model.get_submodule("head")
+        return Loss(head(torch.ones(1, 24)).sum(), 1, {})
+
+
+def _from_far_too_high(directory: Path, seed: int, objective: Seen) -> tuple[list[dict[str, Any]], list[bool], dict[str, float]]:
+    """30 steps from a scale of 2^26: their records, whether each but the last moved the weights, the scale at the end."""
+    base = plan(30, log_every=1, validate_every=0)
     settings = Plan(base.optim, base.schedule, FP16(init_scale=2.0**26), base.budget, base.run)
-    objective = ToyObjective()
-    summary = trainer(tmp_path, seed, settings, objective=objective).run()
-    assert 0 < summary.skipped < 20
-    assert objective.steps == 30 - summary.skipped, "a skipped step is no step for the objective"
-    scale = read(summary.checkpoint).state["scale"]
-    assert scale["value"] == 2.0 ** (26 - summary.skipped)
-    assert 0 <= scale["clean"] <= 30 - summary.skipped  # 0: the last step was skipped
+    summary = trainer(directory, seed, settings, objective=objective).run()
+    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    moved = [not torch.equal(*pair) for pair in pairwise(objective.weights)]
+    return [record for record in records if record["group"] == "train"], moved, read(summary.checkpoint).state["scale"]
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(tmp_path: Path, seed: int, emulated: None) -> None:
+    """Each step whose gradients overflow, and no other: the first ones, and whenever gradients grow again."""
+    objective = Seen()
+    records, moved, scale = _from_far_too_high(tmp_path, seed, objective)
+    fits = [math.isfinite(float(record["grad_norm"])) for record in records]
+    assert len(fits) == 30 and not fits[0] and sum(fits) > 10
+    assert moved == fits[:-1]
+    assert objective.steps == sum(fits), "a skipped step is no step for the objective"
+    for step, record in enumerate(records, 1):
+        skipped = fits[:step].count(False)
+        assert record["skipped"] == skipped and record["loss_scale"] == 2.0 ** (26 - skipped)
+    assert scale == {"value": records[-1]["loss_scale"], "clean": [*reversed(fits), False].index(False)}
+
+
+def test_training_goes_on_once_gradients_fit(tmp_path: Path, seed: int, emulated: None) -> None:
+    """A gradient of 1 fits below 2^16, the first power of two that fp16 does not have: eleven halvings, each costing a step."""
+    objective = Steady()
+    records, moved, scale = _from_far_too_high(tmp_path, seed, objective)
+    assert [record["loss_scale"] for record in records] == [2.0 ** (26 - min(step, 11)) for step in range(1, 31)]
+    assert [record["skipped"] for record in records] == [min(step, 11) for step in range(1, 31)]
+    assert moved == [False] * 11 + [True] * 18 and objective.steps == 19
+    assert scale == {"value": 2.0**15, "clean": 19}
 
 
 def test_overflow_at_every_scale_stops_the_run(tmp_path: Path, seed: int) -> None:
