@@ -128,18 +128,11 @@ class PackedBlocks(PackedModule):
         self, x: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots, first: int = 0, last: int | None = None
     ) -> Tensor:
         """x [B,T,D], the last pending nodes of `slots`, through blocks first .. last-1; keys and values go to `caches`."""
-        scenes = self._scenes(x, ctx, slots)
+        scenes = self.scenes(x, ctx, slots)
         if len(scenes) == 1:
             return self.steps(x, caches, scenes[0], first, last)
         pieces = x.split(scenes[0].count, 1)
         return torch.cat([self.steps(piece, caches, scene, first, last) for piece, scene in zip(pieces, scenes, strict=True)], 1)
-
-    def scores(
-        self, tokens: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots, ends: kernels.Ends
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `kernels.Steps.scores` for tokens [B,T], the last pending nodes of `slots`, which the call `takes`."""
-        (scene,) = self._scenes(tokens, ctx, slots)
-        return self.steps.scores(tokens, caches, scene, ends)
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """`Block.extend` where the blocks are one."""
@@ -147,7 +140,7 @@ class PackedBlocks(PackedModule):
         assert state.caches is not None
         return self(x, ctx, state.caches, state.slots), state
 
-    def _scenes(self, x: Tensor, ctx: Context, slots: Slots) -> list[kernels.Scene]:
+    def scenes(self, x: Tensor, ctx: Context, slots: Slots) -> list[kernels.Scene]:
         """The kernel's views of a call on x [B,T,...], or of its pieces where many tokens pass."""
         key = ("scene", slots)
         if key in ctx.shared:
@@ -168,6 +161,29 @@ class PackedBlocks(PackedModule):
             scenes.append(kernels.Scene(size, slots.base, pending, slots.lengths, tree, place, turn, window))
         ctx.shared[key] = scenes
         return scenes
+
+
+@final
+class PackedCall(PackedModule):
+    """A few tokens from their embeddings to their scores as one call of the kernel; it shares the packed modules' weights."""
+
+    def __init__(self, blocks: PackedBlocks, ends: kernels.Ends, nbytes: int) -> None:
+        super().__init__()
+        self.ends, self._blocks, self._nbytes = ends, (blocks,), nbytes  # in a tuple: the module that owns it is another
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def takes(self, count: int, ctx: Context, caches: kernels.Caches | None) -> bool:
+        """Whether the call is one for the kernel. Depends on no other row of the batch."""
+        return count <= FEW and self._blocks[0].takes(self.ends.table, count, ctx, caches)
+
+    def forward(self, tokens: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+        """As `kernels.Steps.scores` for tokens [B,T], the last pending nodes of `slots`."""
+        blocks = self._blocks[0]
+        (scene,) = blocks.scenes(tokens, ctx, slots)
+        return blocks.steps.scores(tokens, caches, scene, self.ends)
 
 
 @final
@@ -289,13 +305,14 @@ def _packed_join(module: SequentialModule) -> PackedJoin | None:
     return None
 
 
-def packed_ends(embedding: nn.Embedding, norm: nn.Module, head: nn.Module) -> kernels.Ends | None:
-    """What stands before and behind a packed stack, for its `scores`; None where no kernel can."""
+def packed_call(blocks: PackedBlocks | None, embedding: nn.Embedding, norm: nn.Module, head: nn.Module) -> PackedCall | None:
+    """The call between the ends of a packed model; None where no kernel can."""
     table = embedding.weight.detach()
-    if not isinstance(norm, PackedNorm) or not isinstance(head, PackedLinear) or not head.packed.panels:
+    if blocks is None or not isinstance(norm, PackedNorm) or not isinstance(head, PackedLinear) or not head.packed.panels:
         return None
-    plain = table.dtype == head.packed.dtype and table.is_contiguous() and head.bias is None
-    return kernels.Ends(table, norm.gain, head.packed) if plain else None
+    if table.dtype != head.packed.dtype or not table.is_contiguous() or head.bias is not None:
+        return None
+    return PackedCall(blocks, kernels.Ends(table, norm.gain, head.packed), blocks.nbytes + norm.nbytes + head.nbytes)
 
 
 def packed_modules(heads: SequentialHeads, depth: int, embedding: nn.Module, head: nn.Module) -> PackedModules | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fewstep.core.mixer import Context, State
 from fewstep.nn import kernels
 from fewstep.nn.blocks import Block
-from fewstep.nn.mixers.attention import FEW, AttentionState
+from fewstep.nn.mixers.attention import AttentionState
 from fewstep.nn.slots import Slots
 
 
@@ -119,17 +119,6 @@ class Stack(nn.Module):
             x, new[i] = self[i].extend(x, ctx, new[i])
             hidden[f"layer.{i}"] = x
         return x, hidden, StackState(new, slots)
-
-    def scores(
-        self, tokens: Tensor, ctx: Context, state: StackState, ends: kernels.Ends
-    ) -> tuple[Tensor, Tensor, Tensor, StackState] | None:
-        """A few tokens [B,T] from their embeddings to their scores in one call: what the blocks gave [B,T,D], the same normed,
-        the scores [B,T,V] and the state; None where the packed blocks do not take the call."""
-        count, caches = tokens.shape[1], state.caches
-        if self.packed is None or count > FEW or not self.packed.takes(ends.table, count, ctx, caches):
-            return None
-        slots = state.slots.extend(ctx.parent, count)
-        return (*self.packed.scores(tokens, ctx, caches, slots, ends), state.extended(slots))
 
 
 def _runs(layers: range, taps: tuple[str, ...]) -> Iterator[tuple[int, int]]:
