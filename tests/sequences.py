@@ -14,7 +14,14 @@ from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.nn.blocks import Block, BlockConfig
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig
-from fewstep.nn.position import NoPositionConfig, RopeConfig
+from fewstep.nn.mixers.efficient import EfficientConfig
+from fewstep.nn.mixers.gau import GAUConfig
+from fewstep.nn.mixers.linformer import LinformerConfig
+from fewstep.nn.mixers.mixed_chunk import MixedChunkConfig
+from fewstep.nn.mixers.mla import MLAConfig
+from fewstep.nn.mixers.patterns import BlocksConfig, FixedConfig, StridedConfig, WindowConfig
+from fewstep.nn.mixers.sparse import SparseConfig
+from fewstep.nn.position import POSITIONS, NoPositionConfig, RopeConfig
 from fewstep.nn.recurrent import Recurrent
 
 WIDTH, HEADS, VOCAB = 16, 4, 11
@@ -77,8 +84,38 @@ def _mixer(
     config: Any, position: Any = RopeConfig(base=100.0), mask: Mask | None = None, dtype: torch.dtype = torch.float64
 ) -> Callable[[], Sublayer]:
     def make() -> Sublayer:
-        module = config.build(width=WIDTH, heads=HEADS, position=position.build(head_width=_head_width(config)))
+        module = config.build(width=WIDTH, heads=HEADS, position=position.build(head_width=config.widths(WIDTH, HEADS)[1]))
         return Sublayer(shaken(module, dtype), module.masks, module.modes, mask)
+
+    return make
+
+
+class Embedded(nn.Module):
+    """A mixer behind the input that its position encoding changes."""
+
+    def __init__(self, position: nn.Module, mixer: nn.Module) -> None:
+        super().__init__()
+        self.position: Any = position
+        self.mixer: Any = mixer
+
+    def init_state(self, batch: int, capacity: int, *, device: str, dtype: torch.dtype) -> Any:
+        return self.mixer.init_state(batch, capacity, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, ctx: Context) -> Any:
+        return self.mixer(self.position.embed(x, ctx.positions), ctx)
+
+    def extend(self, x: Tensor, ctx: Context, state: Any) -> Any:
+        return self.mixer.extend(self.position.embed(x, ctx.positions), ctx, state)
+
+
+def placed(config: Any, position: Any) -> Callable[[], Sublayer]:
+    """A mixer with any position encoding, which may embed and may be no encoding for cached calls."""
+
+    def make() -> Sublayer:
+        encoding = position.build(head_width=config.widths(WIDTH, HEADS)[1], width=WIDTH, heads=HEADS)
+        mixer = config.build(width=WIDTH, heads=HEADS, position=encoding)
+        module = Embedded(encoding, mixer) if "embed" in encoding.parts else mixer
+        return Sublayer(shaken(module), mixer.masks, mixer.modes if encoding.pointwise else mixer.modes - {"causal"})
 
     return make
 
@@ -96,10 +133,6 @@ def _in_chunks(config: Any) -> Callable[[], Sublayer]:
         return subject
 
     return make
-
-
-def _head_width(config: Any) -> int:
-    return (config.head_width if isinstance(config, AttentionConfig) else None) or WIDTH // HEADS
 
 
 def _block(config: Any, norm: Any, activation: Any) -> Callable[[], Sublayer]:
@@ -132,6 +165,22 @@ def _network(mask: Mask | None = None, dtype: torch.dtype = torch.float64, **fie
     return make
 
 
+_SIZES: Mapping[str, Mapping[str, Any]] = {  # small enough that every law goes beyond them
+    "deberta": {"reach": 3},
+    "dynamic_ntk": {"base": 100.0, "factor": 2.0, "trained_length": 5},
+    "multiplicative": {"length": 80},
+    "ntk": {"base": 100.0},
+    "recursive": {"hidden": 5},
+    "rope": {"base": 100.0},
+    "rope_2d": {"columns": 3},
+    "rope_mixed": {"columns": 3},
+    "shaw": {"reach": 2},
+    "t5": {"buckets": 8, "farthest": 12},
+    "trainable": {"length": 80},
+    "yarn": {"base": 100.0, "trained_length": 16, "slow": 0.1, "fast": 2.0},
+}
+ENCODINGS: Mapping[str, Any] = {kind: config(**_SIZES.get(kind, {})) for kind, config in POSITIONS.items()}
+_BIASED = ("alibi", "t5", "shaw", "transformer_xl", "deberta", "dynamic_ntk")  # of one call's places, trees and groups of heads
 _WINDOWED = AttentionConfig(window=3)
 MIXER_SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {
     **{f"{kind}-rope": _mixer(config()) for kind, config in MIXERS.items()},
@@ -144,7 +193,18 @@ MIXER_SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {
     "attention-window-1": _mixer(AttentionConfig(window=1)),
     "attention-masked-window": _mixer(AttentionConfig(), mask=Window(3)),
     "attention-narrowest-window": _mixer(AttentionConfig(window=5), mask=Window(3)),
+    **{f"attention-{kind}": placed(AttentionConfig(kv_heads=2), ENCODINGS[kind]) for kind in _BIASED},
+    "attention-window-shaw": placed(_WINDOWED, ENCODINGS["shaw"]),
     "attention-llama3": _mixer(AttentionConfig(), RopeConfig(scaling="llama3", factor=8.0, trained_length=16)),
+    "mixed_chunk-small": _mixer(MixedChunkConfig(size=3)),
+    "mixed_chunk-1": _in_chunks(MixedChunkConfig(size=1)),
+    "gau-wide": _mixer(GAUConfig(expand=1.0, base=8)),
+    "linformer-own": _mixer(LinformerConfig(length=16, rank=3, sharing="none", bias=True)),
+    "sparse-strided": _mixer(SparseConfig(pattern=StridedConfig(stride=5))),
+    "sparse-fixed": _mixer(SparseConfig(pattern=FixedConfig(block=3, summary=1), bias=True)),
+    "sparse-window": _mixer(SparseConfig(pattern=WindowConfig(window=6, sinks=1))),
+    "sparse-blocks": _mixer(SparseConfig(pattern=BlocksConfig(block=2, local=1, stride=2))),
+    "mla-unequal-widths": _mixer(MLAConfig(latent=6, query_latent=5, content_width=3, rotary_width=2, value_width=7, bias=True)),
 }
 SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {
     **MIXER_SUBJECTS,
@@ -152,7 +212,14 @@ SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {
     "block-layer-gelu": _block(AttentionConfig(), "layer", "gelu"),
     **{f"decoder-{kind}": _network(mixers=(config(),)) for kind, config in MIXERS.items()},
     "decoder-hybrid": _network(mixers=(_WINDOWED, AttentionConfig(kv_heads=2, qk_norm=True)), depth=3, tied=False),
+    "decoder-sparse-hybrid": _network(mixers=(SparseConfig(pattern=StridedConfig(stride=4)), AttentionConfig()), depth=3),
+    "decoder-gated-hybrid": _network(
+        mixers=(MixedChunkConfig(size=2), AttentionConfig(), GAUConfig(), EfficientConfig()), depth=4
+    ),
+    "decoder-latent-hybrid": _network(mixers=(MLAConfig(latent=3), AttentionConfig(window=3)), depth=3),
     "decoder-nope": _network(position=NoPositionConfig(), norm="layer", activation="gelu", mlp_bias=True),
+    "decoder-trainable": _network(position=ENCODINGS["trainable"], max_positions=80),
+    "decoder-shaw": _network(position=ENCODINGS["shaw"]),
     "decoder-masked-window": _network(mask=Window(2)),
 }
 FAST_SUBJECTS: Mapping[str, Callable[[], Sublayer]] = {  # float32, where decoding takes other paths than float64

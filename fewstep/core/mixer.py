@@ -194,6 +194,7 @@ class Mixer(Protocol):
 
     modes: frozenset[str]  # of "causal", "bidirectional"
     masks: frozenset[type]  # of the Mask classes
+    encodings: frozenset[str]  # of "rotate", "bias", "value": the parts of a position encoding it honours; none: it reads none
 
     def init_state(self, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """An empty state for at most `capacity` tokens a row, pending ones included."""

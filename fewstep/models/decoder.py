@@ -16,15 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.core.mixer import Aux, Causal, Context, Mask, Tree
 from fewstep.core.model import Output
+from fewstep.core.position import NoPosition
 from fewstep.core.recipe import Config, choice, parse
-from fewstep.nn import kernels
 from fewstep.nn.ahead import Begins
 from fewstep.nn.blocks import Block, BlockConfig, norm
 from fewstep.nn.heads import HEADS
 from fewstep.nn.masks import places
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig
-from fewstep.nn.packed import packed_ends
+from fewstep.nn.packed import PackedCall, packed_call
 from fewstep.nn.position import POSITIONS, RopeConfig
 from fewstep.nn.stack import Stack, StackState
 
@@ -98,7 +98,9 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"mixers: head widths {sorted(head_widths)}; the layers share one position encoding, choose one width"
             )
-        self.position = config.position.build(head_width=head_widths.pop())
+        self._head_width = head_widths.pop()
+        self.position = self._encoding() if config.position.shared else NoPosition()
+        self._within = (self.position if self.position.parts - {"embed"} else NoPosition(),)  # in a tuple: its owner is another
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.blocks = Stack(self._block(i) for i in range(config.depth))
         self.norm = norm(config.norm, config.width, config.eps)
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self.extra = nn.ModuleDict({head.drafter: self._heads(head) for head in config.heads})
-        self._ends: kernels.Ends | None = None  # as a kernel sees them, once packed
+        self._call: PackedCall | None = None  # made at the first call after packing
         self._initialise(self)
         self._begin(self.extra)
 
@@ -188,7 +190,12 @@ class Decoder(nn.Module):
         resumed = inputs is not None and layers is not None and layers.start > 0
         if resumed and not stack.slotted:
             raise ValueError(f"layers={layers}: a block before them cannot take up dropped nodes; run them all (reuse=false)")
-        if self.position.embeds and not resumed:
+        if "embed" in self.position.parts and not resumed:
+            if not self.position.pointwise:
+                kind = self.position.kind
+                raise ValueError(
+                    f"position={kind!r}: reads neighbours, which a cached call does not hold; choose another to decode"
+                )
             positions = slots.index[:, -tree.size :] if positions is None else positions
             x = self.position.embed(x, positions)
         ctx = Context(positions, parent=tree.parent, mask=mask or Causal())
@@ -211,21 +218,31 @@ class Decoder(nn.Module):
         self, tree: Tree, stack: StackState, taps: tuple[str, ...], mask: Mask | None, positions: Tensor | None
     ) -> Output | None:
         """`extend` as one call of a kernel; None where there is none for it."""
-        if self.position.embeds or any(name not in ("hidden", "final", "logits") for name in taps):
+        if "embed" in self.position.parts or any(name not in ("hidden", "final", "logits") for name in taps):
             return None
-        ends = self._ends
-        if ends is None or ends.table.data_ptr() != self.embedding.weight.data_ptr():
-            ends = self._ends = packed_ends(self.embedding, self.norm, self.head)
-        ctx = Context(positions, parent=tree.parent, mask=mask or Causal())
-        if ends is None or (made := self.blocks.scores(tree.tokens, ctx, stack, ends)) is None:
+        call, ctx = self._call, Context(positions, parent=tree.parent, mask=mask or Causal())
+        if call is None or call.ends.table.data_ptr() != self.embedding.weight.data_ptr():
+            call = self._call = packed_call(self.blocks.packed, self.embedding, self.norm, self.head)
+        if call is None or not call.takes(tree.size, ctx, stack.caches):
             return None
-        x, normed, logits, stack = made
+        slots = stack.slots.extend(ctx.parent, tree.size)
+        x, normed, logits = call(tree.tokens, ctx, stack.caches, slots)
         hidden = {"hidden": x, "final": normed, "logits": logits}
-        return Output(logits, {name: hidden[name] for name in taps}, stack)
+        return Output(logits, {name: hidden[name] for name in taps}, stack.extended(slots))
+
+    def _encoding(self) -> NoPosition:
+        config = self.config
+        made: NoPosition = config.position.build(head_width=self._head_width, width=config.width, heads=config.query_heads)
+        if made.length is not None and (config.max_positions is None or config.max_positions > made.length):
+            raise ValueError(
+                f"max_positions={config.max_positions}: {made.kind} positions end at length={made.length}; lower it or raise that"
+            )
+        return made
 
     def _block(self, layer: int) -> Block:
         mixers = self.config.mixers
-        mixer = mixers[layer % len(mixers)].build(width=self.width, heads=self.config.query_heads, position=self.position)
+        position = self._within[0] if self.config.position.shared else self._encoding()
+        mixer = mixers[layer % len(mixers)].build(width=self.width, heads=self.config.query_heads, position=position)
         return Block(self.config, self.width, mixer)
 
     def _heads(self, head: Any) -> nn.Module:

@@ -97,7 +97,7 @@ class Recurrent(nn.Module, ABC):
     """
 
     modes = frozenset({"causal"})
-    masks = frozenset({Causal})
+    masks: frozenset[type] = frozenset({Causal})
     reach = 0
     chunk = 64
 

@@ -68,9 +68,15 @@ def show(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def markdown(rows: Sequence[Mapping[str, str]], rooms: Sequence[str] = DOCUMENTED) -> str:
-    """The table of the README: the techniques of some `rooms`, where they come from and where they are."""
+    """The table of `docs/techniques.md`: the techniques of some `rooms`, where they come from and where they are."""
     lines = [f"| {row['room']} | {row['name']} | {row['paper']} | `{row['file']}` |" for row in rows if row["room"] in rooms]
     return "\n".join(["| room | name | paper | file |", "|---|---|---|---|", *lines])
+
+
+def names(rows: Sequence[Mapping[str, str]], rooms: Sequence[str] = DOCUMENTED) -> str:
+    """The README's short form of it: the names of each room."""
+    listed = {room: ", ".join(f"`{row['name']}`" for row in rows if row["room"] == room) for room in rooms}
+    return "\n".join(["| room | names |", "|---|---|", *(f"| {room} | {text} |" for room, text in listed.items())])
 
 
 def _year(source: str) -> str:

@@ -41,6 +41,7 @@ USES: Mapping[str, Callable[[Any], object]] = {  # how an entry of each registry
     "NETWORKS": lambda config: config.build(),
     "OBJECTIVES": lambda config: config.build(),
     "OPTIMS": lambda config: config.build(torch.nn.Linear(4, 4)),
+    "PATTERNS": lambda config: config.pieces(40, True, torch.device("cpu")),
     "POSITIONS": lambda config: config.build(head_width=16),
     "PRECISIONS": lambda config: config.context(torch.device("cpu")),
     "RUNS": lambda config: config.model_dump(),

@@ -66,12 +66,17 @@ def plain(target: TableModel, prompt: list[int], config: SamplingConfig, length:
     return text[len(prompt) :]
 
 
+def circling(target: TableModel, prompt: list[int], config: SamplingConfig) -> list[int]:
+    """`prompt` gone on with for so long that the text repeats itself, as there are 5 * 7**3 ways to go on: drafts come true."""
+    return prompt + plain(target, prompt, config, 300)
+
+
 @pytest.mark.parametrize("config", [GREEDY, PENALISED], ids=["greedy", "penalised"])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_every_drafter_emits_the_tokens_of_plain_decoding(name: str, config: SamplingConfig, seed: int) -> None:
     target = TableModel(VOCAB, seed)
     drafter = DRAFTERS[name].build(target, lambda path: TableModel(VOCAB, seed + 1, like=target, near=0.8))
-    texts = prompts(24, seed)
+    texts = [text if i % 3 else circling(target, text, config) for i, text in enumerate(prompts(24, seed))]
     truth = [plain(target, text, config, 40) for text in texts]
     together, cost = tokens_of(target, drafter, texts, [config] * 24, max_new_tokens=40)
     assert together == truth

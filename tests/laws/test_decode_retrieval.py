@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exactness import cells, chi_square, draws, joint_law
-from test_decode_greedy import plain, prompts, tokens_of
+from test_decode_greedy import circling, plain, prompts, tokens_of
 from toys import TableModel
 
 from fewstep.core.draft import Verdict
@@ -167,6 +167,8 @@ def test_greedy_is_plain_decoding_with_a_corpus(sorted_order: bool, seed: int, t
         shuffled(tmp_path, seed)
     drafter = RetrievalConfig(path=str(tmp_path), depth=4).build(target, lambda path: target)
     rows = prompts(12, seed)
+    rows[::3] = [[1, *sample[:i]] for i in (10, 50, 90, 130)]  # goes on in the corpus
+    rows[1::3] = [circling(target, row, SamplingConfig()) for row in rows[1::3]]  # goes on in the text
     together, cost = tokens_of(target, drafter, rows, [SamplingConfig()] * 12, max_new_tokens=40)
     assert together == [plain(target, row, SamplingConfig(), 40) for row in rows]
     assert cost.tokens_per_call > 1.05

@@ -92,9 +92,9 @@ def test_kept_logits_are_those_each_token_was_drawn_from(sampling: SamplingConfi
 
 def test_samples_share_the_prompt_and_nothing_else(seed: int) -> None:
     target, drafter = pair(seed)
-    done = decode(target, drafter, [PROMPT, [5, 6]], Settings(16), sampling=WARM, seed=[seed, seed + 1], samples=5)
+    done = decode(target, drafter, [PROMPT, [5, 6]], Settings(40), sampling=WARM, seed=[seed, seed + 1], samples=5)
     assert len({tuple(row.tokens) for row in done}) == 10
-    alone = decode(target, drafter, [[5, 6]], Settings(16), sampling=WARM, seed=seed + 1, samples=2)
+    alone = decode(target, drafter, [[5, 6]], Settings(40), sampling=WARM, seed=seed + 1, samples=2)
     assert [row.tokens for row in alone] == [row.tokens for row in done[5:7]]
     assert row_seed(seed, 0) != row_seed(seed, 1) != row_seed(seed + 1, 1)
 

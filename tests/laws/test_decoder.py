@@ -150,7 +150,7 @@ def test_early_exit_then_the_other_layers(variant: str, monkeypatch: pytest.Monk
     """What the first layers ran, level by level, the others take up: logits and what is committed are a whole call's."""
     network = decoder(**VARIANTS.get(variant, {}))
     if variant == "placed":  # positions enter beside the tokens, once
-        monkeypatch.setattr(network.position, "embeds", True)
+        monkeypatch.setattr(network.position, "parts", frozenset({"embed"}))
         monkeypatch.setattr(network.position, "embed", lambda x, positions: x + positions.unsqueeze(-1).sin())
     state = prompted(network)
     twin = state.fork(torch.arange(2))

@@ -1,5 +1,7 @@
 """The guard: it changes no token, falls silent where drafting does not pay, comes back, and never loses more than it says."""
 
+import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +23,12 @@ from fewstep.decode.drafters.ngram import NgramConfig
 from fewstep.decode.drafters.retrieval import RetrievalConfig
 from fewstep.decode.drafters.silent import Nothing, Silent
 from fewstep.decode.generate import decode
-from fewstep.decode.guard import Guarded, Prices, interpolated
+from fewstep.decode.guard import CEILING, Guarded, Prices, interpolated
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.stream import Settings
 
 DEAR = Prices({1: 1.0, 4: 1.5, 16: 3.0}, 1.0)  # falls silent and comes back again and again
-NIMBLE: dict[str, float] = {"credit": 0.0, "slack": 0.2, "ceiling": 1.0}
+NIMBLE: dict[str, float] = {"credit": 0.0, "grace": 0.25, "ceiling": 1.0}
 DRAFTERS: dict[str, DrafterConfig] = {
     "ngram": NgramConfig(min_ngram=1, depth=3, branches=2),
     "draft": DraftModelConfig(path="near", branching=(2, 1)),
@@ -58,12 +60,12 @@ class Scripted:
         return state
 
 
-def run(guard: Guarded, keeps: list[int], budget: int = 3) -> tuple[list[int], Any]:
+def run(guard: Guarded, keeps: list[int], steps: int = 200) -> tuple[list[int], Any]:
     """Steps in which a drafted tree keeps what `keeps` says, in turn; the sizes of the trees and the last state."""
     state = guard.init(Tree.chain(torch.zeros(1, 1, dtype=torch.int64)), {}, 0)
     sizes, script, handle = [], iter(keeps), SimpleNamespace(target=None, law=None)
-    for root in range(len(keeps) * 50):
-        tree, state = guard.propose(torch.tensor([root]), state, handle, torch.tensor([budget]), CounterRng.seeded([0]))
+    for root in range(steps):
+        tree, state = guard.propose(torch.tensor([root]), state, handle, torch.tensor([3]), CounterRng.seeded([0]))
         sizes.append(tree.size)
         keep = next(script, None) if tree.size > 1 else 1
         if keep is None:
@@ -75,47 +77,58 @@ def run(guard: Guarded, keeps: list[int], budget: int = 3) -> tuple[list[int], A
 
 
 def test_the_account_of_one_row() -> None:
-    """Three nodes cost 2.5 steps: from credit 1.02, keeping one token leaves -0.43, which 9 plain steps at 0.05 make good."""
+    """Three nodes cost 2.5 steps: keeping one token leaves -1.5 beside a credit of 0.25, and log2(1 + T / 8) reaches 1.25 at
+    T = 12 (log2(2.375) = 1.248 at 11). What 11 silent steps missed costs 0.5 + 11 / 8 then: keeping all three leaves -2.875."""
     inner = Scripted()
-    sizes, _ = run(Guarded(inner, Prices({1: 1.0, 3: 2.0}, 0.5), credit=1.02, slack=0.05, ceiling=8.0), [1, 3])
-    assert sizes == [3, *[1] * 9, 3, 3]
+    sizes, state = run(Guarded(inner, Prices({1: 1.0, 3: 2.0}, 0.5, 0.125), credit=0.25, grace=8.0, ceiling=8.0), [1, 3])
+    assert sizes[:14] == [3, *[1] * 11, 3, 1]
     assert inner.calls[:5] == [
         ("propose", [0], [3]),
         ("observe", [[0, 100, 200]], [1], [[0.0] * 3]),
         ("propose", [1], [1]),
-        ("observe", [list(range(1, 10))], [9], [[float(i) for i in range(1, 10)]]),
-        ("propose", [10], [3]),
+        ("observe", [list(range(1, 12))], [11], [[float(i) for i in range(1, 12)]]),
+        ("propose", [12], [3]),
     ]
+    assert state.rows[0].balance == -2.875
+    assert sizes.index(3, 13) == 13 + 27  # T is 15 then, and log2(1 + T / 8) reaches 2.625 at 42
 
 
 def test_it_never_loses_more_than_it_says(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    prices = Prices({1: 1.0, 3: 1.6}, 0.4)
+    prices = Prices({1: 1.0, 3: 1.6}, 0.4, 0.01)
     for share in (0.0, 0.1, 0.4, 0.8):
         keeps = [3 if bool(torch.rand(1, generator=generator) < share) else 1 for _ in range(100)]
-        guard = Guarded(Scripted(), prices, credit=2.0, slack=0.02, ceiling=16.0)
-        sizes, _ = run(guard, keeps)
+        sizes, _ = run(Guarded(Scripted(), prices, credit=2.0, grace=4.0), keeps, steps=500)
         script = iter(keeps)
-        cost = tokens = 0.0
-        before = 3
+        cost = tokens = late = dearest = 0.0
         for size in sizes[:-1]:
-            cost += (prices(size) + (prices.draft if before == 1 else 0.0)) if size > 1 else 1.0
-            tokens += next(script) if size > 1 else 1
-            before = size
-            assert cost <= 1.02 * tokens + 2.0 + prices(3) + prices.draft
+            dearest = max(dearest, prices(3) + prices.draft + prices.read * late - 1)
+            if size > 1:
+                cost += prices(size) + (prices.draft + prices.read * late if late else 0.0)
+                tokens, late = tokens + next(script), 0.0
+            else:
+                cost, tokens, late = cost + 1.0, tokens + 1, late + 1
+            assert cost - tokens <= 2.0 + math.log2(1 + tokens / 4) + dearest + 1e-9
     assert sizes.count(3) == 101  # where it pays, it hardly ever stops
-    assert sizes.count(1) < 60
+    assert sizes.count(1) < 250
+
+
+def test_one_that_fails_is_asked_ever_more_seldom() -> None:
+    sizes, _ = run(Guarded(Scripted(), Prices({1: 1.0, 3: 1.6}, 0.4), credit=0.0), [1] * 7, steps=500)
+    asked = [place for place, size in enumerate(sizes) if size > 1]
+    silences = [after - before for before, after in pairwise(asked[1:])]
+    assert all(after > 1.5 * before for before, after in pairwise(silences))
 
 
 def test_a_drafter_that_pays_is_never_stopped() -> None:
-    sizes, state = run(Guarded(Scripted(), Prices({1: 1.0, 3: 1.2}, 0.1)), [2] * 50)
+    sizes, state = run(Guarded(Scripted(), Prices({1: 1.0, 3: 1.2}, 0.1)), [2] * 100)
     assert set(sizes) == {3}
-    assert state.balance == (16.0,)  # the ceiling
+    assert state.rows[0].balance == CEILING
 
 
 def test_only_the_rows_that_can_pay_draft() -> None:
     inner = Scripted()
-    guard = Guarded(inner, Prices({1: 1.0, 3: 2.0}, 0.5), credit=0.0, slack=0.01)
+    guard = Guarded(inner, Prices({1: 1.0, 3: 2.0}, 0.5), credit=0.0)
     state = guard.init(Tree.chain(torch.zeros(3, 1, dtype=torch.int64)), {}, 0)
     budget, rng = torch.tensor([3, 3, 3]), CounterRng.seeded([0, 1, 2])
     tree, state = guard.propose(torch.tensor([5, 6, 7]), state, Any, budget, rng)
@@ -177,12 +190,13 @@ def test_prices_between_and_beyond_what_was_measured() -> None:
     assert interpolated({1: 1.0, 4: 2.5, 16: 4.5}, 16) == 4.5
     assert interpolated({1: 1.0, 4: 2.5, 16: 4.5}, 22) == pytest.approx(5.5)
     assert interpolated({1: 1.0}, 9) == 1.0
-    assert Prices({1: 1.0, 3: 2.0}, 0.25)(2) == 1.75
+    assert Prices({1: 1.0, 3: 2.0}, 0.25, 9.0)(2) == 1.75
 
 
 def test_a_silent_batch_does_not_join(seed: int) -> None:
     guard = Guarded(Scripted(), Prices({1: 1.0, 3: 9.0}, 0.5), credit=0.0)
-    _, state = run(guard, [1])
+    _, state = run(guard, [1], steps=20)
     assert state.missed
+    assert state.held == state.nbytes() == 19 * (8 + 4)  # of each step missed, a token and an activation
     with pytest.raises(ValueError, match="draft again"):
         state.join(guard.init(Tree.chain(torch.zeros(1, 1, dtype=torch.int64)), {}, 0))

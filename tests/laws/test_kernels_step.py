@@ -1,9 +1,6 @@
 """A stack's step as one call: what the modules compute, to rounding; rows that depend on no other; nodes kept in place."""
 
 import copy
-import os
-import signal
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -225,24 +222,12 @@ def test_a_copy_owns_its_weights(seed: int) -> None:
 
 @needs_kernel
 @torch.inference_mode()
-def test_a_forked_child_computes_alone(threads_restored: None, seed: int) -> None:
+def test_a_forked_child_computes_alone(threads_restored: None, holds_in_a_fork: Any, seed: int) -> None:
     stack, x = Stack("grouped", torch.float32, seed), torch.randn(3, 60, 36)
     torch.set_num_threads(2)
     scene, caches = stack.scene(NONE, 0, 60, 60), stack.caches(3)
     expected = stack.steps(x, caches, scene)  # the parent's threads exist from here on
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(stack.steps(x, caches, scene), expected) else 1)
-    for _ in range(3000):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.01)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the forked child waits for threads it does not have")
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert holds_in_a_fork(lambda: torch.equal(stack.steps(x, caches, scene), expected))
 
 
 @needs_kernel

@@ -56,14 +56,19 @@ def test_chunks_without_commits(name: str) -> None:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_past_matters_and_the_future_does_not(name: str) -> None:
     """Without this the laws would hold for a mixer that mixes nothing, or everything."""
-    subject = SUBJECTS[name]()
-    x = subject.inputs(1, 8)
-    other = x.clone()
-    other[:, 4] = subject.inputs(1, 1)[:, 0] if subject.takes_activations else (x[:, 4] + 1) % 11
-    change = (subject.parallel(x) - subject.parallel(other)).abs().amax((0, 2))
-    assert change[:4].max() < 1e-12
-    assert change[4] > 1e-6
-    assert (change[5] > 1e-6) != (name == "attention-window-1")
+
+    def notice() -> tuple[bool, bool]:
+        """Whether a token does, and the one after it."""
+        subject = SUBJECTS[name]()
+        x = subject.inputs(1, 8)
+        other = x.clone()
+        other[:, 4] = subject.inputs(1, 1)[:, 0] if subject.takes_activations else (x[:, 4] + 1) % 11
+        change = (subject.parallel(x) - subject.parallel(other)).abs().amax((0, 2))
+        assert change[:4].max() < 1e-12
+        return bool(change[4] > 1e-6), bool(change[5] > 1e-6)
+
+    # the weights of a squared ReLU may all be 0, about every other draw: one of forty shows both
+    assert any(notice() == (True, name != "attention-window-1") for _ in range(40))
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -96,14 +101,18 @@ def test_a_mask_narrows_a_layer_and_never_widens_it(own: int | None, asked: int,
 
 @pytest.mark.parametrize("name", names(SUBJECTS, "bidirectional"))
 def test_bidirectional_sees_every_token_of_its_sequence(name: str) -> None:
-    subject = SUBJECTS[name]()
-    if Full not in subject.masks:
+    if Full not in SUBJECTS[name]().masks:
         pytest.skip("takes no full mask")
-    x, order = subject.inputs(1, 6), torch.randperm(6)
-    y = subject.parallel(x, mask=Full())
-    assert (y[:, 0] - subject.parallel(x[:, :5], mask=Full())[:, 0]).abs().max() > 1e-6
-    if name == "attention-none":  # without positions a set is a set
-        torch.testing.assert_close(subject.parallel(x[:, order], mask=Full()), y[:, order], **TIGHT)
+
+    def first_notices_last() -> bool:
+        subject = SUBJECTS[name]()
+        x, order = subject.inputs(1, 6), torch.randperm(6)
+        y = subject.parallel(x, mask=Full())
+        if name == "attention-none":  # without positions a set is a set
+            torch.testing.assert_close(subject.parallel(x[:, order], mask=Full()), y[:, order], **TIGHT)
+        return bool((y[:, 0] - subject.parallel(x[:, :5], mask=Full())[:, 0]).abs().max() > 1e-6)
+
+    assert any(first_notices_last() for _ in range(40))  # as above
 
 
 @pytest.mark.parametrize("name", CAUSAL)

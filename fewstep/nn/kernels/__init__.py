@@ -10,6 +10,7 @@ from fewstep.nn.kernels.kernel import DTYPES, available, outpaces
 from fewstep.nn.kernels.modules import Certain, Module, Modules, Seat
 from fewstep.nn.kernels.norm import rms_norm
 from fewstep.nn.kernels.parts import Ends, Gain, Parts
+from fewstep.nn.kernels.scan import selective_scan, selective_tree
 from fewstep.nn.kernels.skinny import Packed, linear, pack
 from fewstep.nn.kernels.step import Caches, Scene, Steps
 
@@ -34,4 +35,6 @@ __all__ = [
     "outpaces",
     "pack",
     "rms_norm",
+    "selective_scan",
+    "selective_tree",
 ]

@@ -97,6 +97,8 @@ class Kernel:
         self.run_steps.argtypes = (pointer,)
         self.keep_slots = library.keep_slots
         self.keep_slots.argtypes = (pointer, *[size] * 4, *[pointer] * 2, size, pointer)
+        self.selective_scan = library.selective_scan
+        self.selective_scan.argtypes = (pointer, flag)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Softmax attention: grouped queries, optional query-key norm and sliding window, through PyTorch's fused kernel.
 
-This file knows no position encoding but its contract, and keeps keys already rotated.
+This file knows no position encoding but its contract, and keeps keys already rotated. Encodings that bias the scores stay with
+PyTorch's fused kernel, with a mask of numbers; those that also read the weights have them computed.
 """
 
 from typing import ClassVar, final
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewstep.core.mixer import Aux, Causal, Context, Dense, Full, Window
-from fewstep.core.position import NoPosition
+from fewstep.core.position import NoPosition, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import kernels
 from fewstep.nn.masks import allowed
@@ -114,15 +115,19 @@ class Attention(nn.Module):
     """Softmax attention over [B,T,D]. Cost: 4 T^2 D per row in the parallel form.
 
     `ctx.shared` keys: ("attention", mask) and ("attention", window, "additive"), the additive mask of the call;
-    ("attention", window, "visible"), its Boolean one for the kernels.
+    ("attention", window, "visible") and ("attention", mask, "seen"), its Boolean one; ("attention", "places"), the positions of
+    queries and keys.
     """
 
     modes = frozenset({"causal", "bidirectional"})
     masks = frozenset({Causal, Window, Full, Dense})
+    encodings = frozenset({"rotate", "bias", "value"})
 
     def __init__(self, config: AttentionConfig, width: int, heads: int, position: NoPosition) -> None:
         super().__init__()
-        self.config, self.heads, self.position = config, heads, position
+        self.config, self.heads = config, heads
+        self.position = fitted(position, config.kind, self.encodings)
+        self._biased = not self.position.parts.isdisjoint({"bias", "value"})
         self.kv_heads, self.head_width = config.widths(width, heads)
         self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * self.head_width, bias=config.bias)
         self.out = nn.Linear(heads * self.head_width, width, bias=config.out_bias)
@@ -139,6 +144,8 @@ class Attention(nn.Module):
         q, kv = self._project(x, ctx.positions, ctx)
         k, v = kv.split(self.kv_heads, 1)
         mask = self._mask(ctx)
+        if self._biased:
+            return self._attend_placed(q, k, v, _seen(mask, x, ctx), _own_places(ctx)), {}
         if isinstance(mask, Causal) and ctx.segments is None:
             return self._attend(q, k, v, None, causal=True), {}
         if isinstance(mask, Full) and ctx.segments is None:
@@ -152,13 +159,16 @@ class Attention(nn.Module):
         window, count = self._window(ctx), x.shape[1]
         state = state.reserve(ctx.parent, count)
         slots = state.slots
+        places = _cached_places(ctx, slots, count) if self._biased else None
         q, kv = self._project(x, slots.index[:, -count:] if ctx.positions is None else ctx.positions, ctx)
         state = state.write(kv)
         k, v = state.cache[:, :, : slots.end].split(self.kv_heads, 1)
-        if few(q, count):
+        if places is not None or few(q, count):
             key = ("attention", window, "visible")
             if key not in ctx.shared:
                 ctx.shared[key] = slots.visible(count, window)
+            if places is not None:
+                return self._attend_placed(q, k, v, ctx.shared[key], places), state
             return self.out(kernels.attend(q, k, v, ctx.shared[key])), state
         if slots.base == 0 and count == slots.end and slots.chain and window is None:
             return self._attend(q, k, v, None, causal=True), state
@@ -197,6 +207,72 @@ class Attention(nn.Module):
         grouped = self.kv_heads != self.heads
         y = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _attend_placed(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, places: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention over the keys `seen` [B or 1,1,Q,K] (None: all) with what the encoding adds for `places`, which are the
+        positions of queries [B or 1,Q] and keys [B or 1,K]."""
+        bias = self.position.bias(q, k, *places)
+        if bias is not None:
+            bias = bias.to(q.dtype) if seen is None else bias.to(q.dtype).masked_fill(~seen, float("-inf"))
+        elif seen is not None:
+            bias = _additive(seen, q.dtype)
+        if "value" not in self.position.parts:
+            return self._attend(q, k, v, bias)
+        k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+        scores = q @ k.mT * self.head_width**-0.5
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        y = weights @ v
+        added = self.position.value(weights, *places)
+        return self.out((y if added is None else y + added).transpose(1, 2).flatten(2))
+
+
+def _seen(mask: object, x: Tensor, ctx: Context) -> Tensor | None:
+    """[1 or B,1,T,T] bool: which keys each query of a parallel pass sees; None: all."""
+    if isinstance(mask, Full) and ctx.segments is None:
+        return None
+    key = ("attention", mask if isinstance(mask, Window) else type(mask), "seen")
+    if key not in ctx.shared:
+        ctx.shared[key] = allowed(mask, x.shape[1], ctx.segments, x.device)
+    seen: Tensor = ctx.shared[key]
+    return seen
+
+
+def _own_places(ctx: Context) -> tuple[Tensor, Tensor]:
+    """The positions of queries and keys of a parallel pass: one row where all rows have the same."""
+    key = ("attention", "places")
+    if key not in ctx.shared:
+        assert ctx.positions is not None, "a parallel pass has no state to count positions"
+        first = ctx.positions[:1]
+        places = first if torch.equal(first.expand_as(ctx.positions), ctx.positions) else ctx.positions
+        ctx.shared[key] = places, places
+    both: tuple[Tensor, Tensor] = ctx.shared[key]
+    return both
+
+
+def _cached_places(ctx: Context, slots: Slots, count: int) -> tuple[Tensor, Tensor]:
+    """The positions of the last `count` pending nodes and of all slots: one row where all rows have the same.
+
+    Raises ValueError for positions of the caller's own: those of the cached keys are not kept, for they are their slots.
+    """
+    key = ("attention", "places")
+    if key not in ctx.shared:
+        if ctx.positions is not None and not _are_counted(ctx.positions, slots, count):
+            raise ValueError("positions: not those that the cache counts, which scores by distance need; leave them out")
+        index = slots.index
+        if slots.uniform and slots.chain:
+            index = index[:1]
+        committed = torch.arange(slots.base, device=index.device).expand(index.shape[0], -1)
+        ctx.shared[key] = index[:, -count:], torch.cat([committed, index], 1)
+    both: tuple[Tensor, Tensor] = ctx.shared[key]
+    return both
+
+
+def _are_counted(positions: Tensor, slots: Slots, count: int) -> bool:
+    """Whether `positions` are what the table counts for its last `count` nodes; padding may stand anywhere."""
+    if positions.ndim != 2:
+        return False
+    same = positions == slots.index[:, -count:]
+    return bool((same if slots.parent is None else same | (slots.parent[:, -count:] == -2)).all())
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
