@@ -13,7 +13,7 @@ from fewstep.decode.text import generate as generate_rows
 from fewstep.hub.heads import companion
 from fewstep.hub.load import load
 from fewstep.models.model import Model
-from fewstep.report.tuned import drafter_for
+from fewstep.report.tuned import choose
 
 
 def generate(
@@ -37,5 +37,5 @@ def generate(
     fields = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, **(options or {})}
     config = parse(GenerationConfig, fields)
     count = config.samples * (1 if isinstance(prompts, str) else len(prompts))
-    rows = generate_rows(model, prompts, drafter_for(model, drafter, count, config, companion(model)), config)
+    rows = generate_rows(model, prompts, choose(model, drafter, count, config, companion(model)).drafter, config)
     return rows[0] if isinstance(prompts, str) and len(rows) == 1 else rows

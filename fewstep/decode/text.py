@@ -50,23 +50,28 @@ class GenerationConfig(SamplingConfig):
         return cast(VerificationConfig, self.verification)
 
 
-def pick_drafter(
-    model: Model, drafter: str | DrafterConfig | Drafter[Any], load: Load, fields: Mapping[str, object] | None = None
-) -> Drafter[Any]:
-    """The drafter that a name, a config or a drafter stands for.
+def drafter_config(model: Model, drafter: str, fields: Mapping[str, object]) -> DrafterConfig:
+    """The config that a name stands for, with the values `fields` names.
 
     "auto" is the checkpoint's own heads where it has some, else prompt lookup; "NAME=PATH" sets the path of a second model.
-    Raises ValueError for an unknown name or one that does not fit the model.
+    Raises ValueError for an unknown name or value.
     """
-    if isinstance(drafter, DrafterConfig):
-        return drafter.build(model.network, load)
-    if not isinstance(drafter, str):
-        return drafter
     name, _, path = drafter.partition("=")
     if name == "auto":
         name = next((head for head in model.network.heads if head in DRAFTERS), "ngram")
-    config = lookup(DRAFTERS, name, "drafter")
-    return parse(config, {**({"path": path} if path else {}), **(fields or {})}, "drafter").build(model.network, load)
+    return parse(lookup(DRAFTERS, name, "drafter"), {**({"path": path} if path else {}), **fields}, "drafter")
+
+
+def pick_drafter(
+    model: Model, drafter: str | DrafterConfig | Drafter[Any], load: Load, fields: Mapping[str, object] | None = None
+) -> Drafter[Any]:
+    """The drafter that a name (as `drafter_config` reads it, with `fields`), a config or a drafter stands for.
+
+    Raises ValueError for an unknown name or one that does not fit the model.
+    """
+    if isinstance(drafter, str):
+        drafter = drafter_config(model, drafter, fields or {})
+    return drafter.build(model.network, load) if isinstance(drafter, DrafterConfig) else drafter
 
 
 @final

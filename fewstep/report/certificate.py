@@ -16,13 +16,13 @@ from rich.table import Table
 
 from fewstep.core.draft import Drafter
 from fewstep.core.model import Target
-from fewstep.core.recipe import lookup, parse, resolve
-from fewstep.decode.drafters import DRAFTERS
+from fewstep.core.recipe import parse, resolve
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.drafters.silent import Silent
 from fewstep.decode.generate import Completion, decode
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.stream import Settings
+from fewstep.decode.text import drafter_config
 from fewstep.decode.verification import VERIFICATIONS, TokenVerificationConfig, VerificationConfig
 from fewstep.hub.heads import companion
 from fewstep.models.model import Model
@@ -209,14 +209,6 @@ def exactness_model(
         )
     found.show(console)
     return found
-
-
-def drafter_config(model: Model, drafter: str, fields: Mapping[str, object]) -> DrafterConfig:
-    """The config of a drafter by name, "auto" or NAME=PATH, as `generate` understands them."""
-    name, _, path = drafter.partition("=")
-    if name == "auto":
-        name = next((head for head in model.network.heads if head in DRAFTERS), "ngram")
-    return parse(lookup(DRAFTERS, name, "drafter"), {**({"path": path} if path else {}), **fields}, "drafter")
 
 
 def _stages(drafter: DrafterConfig, config: ExactnessConfig, vocab: int) -> Iterator[tuple[str, DrafterConfig, ExactnessConfig]]:

@@ -9,14 +9,13 @@ from types import MappingProxyType
 from rich.console import Console
 from rich.text import Text
 
-from fewstep.core.draft import Drafter
 from fewstep.core.event import Cost
 from fewstep.core.recipe import parse
 from fewstep.decode.narrate import Piece
 from fewstep.decode.text import Generation, GenerationConfig
 from fewstep.hub.heads import companion
 from fewstep.models.model import Model
-from fewstep.report.tuned import drafter_for
+from fewstep.report.tuned import choose
 
 DRAFTED, COMPUTED = "green", "default"
 
@@ -45,15 +44,15 @@ def cost_line(cost: Cost) -> str:
 def print_generation(
     model: Model, prompt: str, drafter: str, drafting: Mapping[str, object], options: Mapping[str, object], *, stats: bool
 ) -> None:
-    """Stream the continuation of `prompt` to standard output; with `stats`, colours there and the cost on standard error.
+    """Stream the continuation of `prompt` to standard output; with `stats`, colours there, drafter and cost on standard error.
 
     A lossy verification is named on standard error, asked for `stats` or not.
 
     Raises ValueError for a bad option, an unknown drafter, or a prompt that does not fit.
     """
     config = parse(GenerationConfig, options)
-    chosen: Drafter = drafter_for(model, drafter, config.samples, config, companion(model), drafting)
-    generation = Generation(model, prompt, chosen, config)
+    chosen = choose(model, drafter, config.samples, config, companion(model), drafting)
+    generation = Generation(model, prompt, chosen.drafter, config)
     out = Console(highlight=False, soft_wrap=True)
     if config.samples == 1:
         for piece in generation:
@@ -71,5 +70,6 @@ def print_generation(
     if not config.judged.lossless:
         err.print(f"verification: {config.judged.label}: the text does not have the model's law")
     if stats:
+        err.print(f"drafter: {chosen.why}", markup=False)
         err.print(Text("drafted and accepted", style=DRAFTED), Text("computed", style=COMPUTED), sep=" | ")
         err.print(cost_line(generation.cost))

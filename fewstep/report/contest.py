@@ -5,7 +5,7 @@ This file knows the loop and its drafters; other libraries enter through `Contes
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Protocol, cast, final
 
@@ -222,6 +222,28 @@ class Record:
         for accepted in self.lap.accepted:
             counts[accepted] += 1
         return counts
+
+    def numbers(self, plain: "Record", greedy: bool) -> dict[str, Any]:
+        """Everything in JSON values, beside the record of plain decoding; texts can only be identical where they are `greedy`."""
+        cost = self.lap.cost
+        return {
+            "name": self.name,
+            "library": self.library,
+            "tokens": cost.tokens,
+            "calls": cost.calls,
+            "prefill_calls": cost.prefill_calls,
+            "draft_calls": cost.draft_calls,
+            "tokens_per_call": cost.tokens_per_call,
+            "calls_per_token": cost.calls / (cost.tokens - cost.prefill_calls),
+            "draft_calls_per_call": cost.draft_calls / cost.calls,
+            "seconds": list(self.seconds),
+            "prefill_seconds": list(self.prefill_seconds) if any(self.prefill_seconds) else None,
+            "tokens_per_second": asdict(self.tokens_per_second),
+            "speed_over_plain": asdict(self.speed_over(plain)),
+            "accepted": self.histogram if self.lap.accepted else None,
+            "identical": self.identical_to(plain) if greedy else None,
+            "state_bytes": cost.bytes,
+        }
 
 
 def compete(

@@ -122,11 +122,7 @@ def race_decode(
     chosen = entrants(model.network, config.drafters)
     ids = [model.tokenizer.encode(prompt.prompt) for prompt in prompts[: config.count]]
     with tempfile.TemporaryDirectory() as exports:
-        ours = [
-            Ours(key, model.network, drafter.build(model.network, companion(model)), config) for key, drafter in chosen.items()
-        ]
-        if not isinstance(config.verification, TokenVerificationConfig):
-            ours += [entrant.judged(config.judged) for entrant in ours if entrant.name != PLAIN]
+        ours = runners(model, chosen, config)
         draft = next((drafter.path for drafter in chosen.values() if isinstance(drafter, DraftModelConfig)), None)
         peers, notes = _peers(model, draft, config, Path(exports))
         contestants: list[Contestant] = [*ours, *peers]
@@ -140,6 +136,17 @@ def race_decode(
     if directory is not None:
         write_race(race, Path(directory))
     return race
+
+
+def runners(model: Model, chosen: Mapping[str, DrafterConfig], config: RaceConfig) -> list[Ours]:
+    """The drafters `chosen`, by the names to print, built for `model`; then each but plain decoding under `config.verification`.
+
+    Raises ValueError for a drafter that does not fit the model.
+    """
+    ours = [Ours(name, model.network, drafter.build(model.network, companion(model)), config) for name, drafter in chosen.items()]
+    if not isinstance(config.verification, TokenVerificationConfig):
+        ours += [entrant.judged(config.judged) for entrant in ours if entrant.name != PLAIN]
+    return ours
 
 
 def write_race(race: Race, directory: Path) -> Path:
@@ -228,26 +235,9 @@ def _setting(model: Model, name: str, config: RaceConfig, prompts: int, chosen: 
 
 
 def _row(entry: Entry, plain: Record, greedy: bool) -> dict[str, Any]:
-    record, cost = entry.record, entry.record.lap.cost
-    decoded = cost.tokens - cost.prefill_calls
     return {
-        "name": record.name,
-        "library": record.library,
-        "tokens": cost.tokens,
-        "calls": cost.calls,
-        "prefill_calls": cost.prefill_calls,
-        "draft_calls": cost.draft_calls,
-        "tokens_per_call": cost.tokens_per_call,
-        "calls_per_token": cost.calls / decoded,
-        "draft_calls_per_call": cost.draft_calls / cost.calls,
-        "seconds": list(record.seconds),
-        "prefill_seconds": list(record.prefill_seconds) if any(record.prefill_seconds) else None,
-        "tokens_per_second": asdict(record.tokens_per_second),
-        "speed_over_plain": asdict(record.speed_over(plain)),
-        "accepted": record.histogram if record.lap.accepted else None,
-        "identical": record.identical_to(plain) if greedy else None,
+        **entry.record.numbers(plain, greedy),
         "quality": asdict(entry.quality),
-        "state_bytes": cost.bytes,
         "draft": asdict(entry.draft) if entry.draft else None,
     }
 

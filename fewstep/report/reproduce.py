@@ -30,7 +30,7 @@ def reproduce(
     directory: Path | str = Path("runs/reproduce"),
     console: Console | None = None,
 ) -> Report:
-    """Measure the claim `name`, print it and write `reproduce-NAME.json` into `directory`.
+    """Measure the claim `name`, print it and write `reproduce-NAME.json` into `directory`, with a folder NAME for long claims.
 
     `options`: fields of `Effort` by name, e.g. {"model": "runs/mine", "seconds": 60}. A negative result is a result: it raises
     nothing. Raises ValueError for an unknown claim or option, or a model that cannot be loaded.
@@ -51,7 +51,7 @@ def reproduce(
     path = Path(directory) / f"reproduce-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(model, draft, prompts, effort, Path(scratch), console)
+        bench = Bench(model, draft, prompts, effort, Path(scratch), console, path.parent / name)
         report = Report(claim, (), setting)
         for finding in claim.measure(bench):  # written down one by one: what took minutes to measure is not lost
             console.print(f"{finding.criterion.name}: {finding.verdict}", highlight=False)

@@ -1,8 +1,11 @@
-"""The shipped model on its held-out prompts: drafting changes no token, and its card says the truth about its bits per byte."""
+"""The shipped model on held-out text: drafting changes no token and no bit, and its card is right about its bits per byte."""
 
+import hashlib
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -14,19 +17,24 @@ from fewstep.core.recipe import resolve
 from fewstep.decode.drafters import DRAFTERS, DrafterConfig
 from fewstep.decode.drafters.config import HeadsDrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
+from fewstep.decode.drafters.eagle import Eagle2Config, Eagle3Config, EagleConfig
 from fewstep.decode.drafters.early_exit import EarlyExitConfig
 from fewstep.decode.drafters.lookahead import LookaheadConfig
+from fewstep.decode.drafters.medusa import HydraConfig, MedusaConfig
 from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.drafters.ngram import NgramConfig
 from fewstep.decode.drafters.retrieval import RetrievalConfig
 from fewstep.decode.drafters.silent import SilentConfig
 from fewstep.decode.generate import Completion, decode
 from fewstep.decode.stream import Settings
+from fewstep.hub.heads import companion
 from fewstep.hub.load import load, locate
 from fewstep.models.decoder import Decoder
 from fewstep.models.model import Model
 from fewstep.nn import kernels
 from fewstep.nn.packed import pack
+from fewstep.report.claims.claim import Bench, Effort
+from fewstep.report.claims.tuning import heads_at_hand
 from fewstep.report.likelihood import bits_per_byte
 from fewstep.report.prompts import FILES, prompts_for
 from fewstep.report.ship import CARD, CONTEXT, STRIDE
@@ -47,6 +55,18 @@ SPECULATIVE: Mapping[str, DrafterConfig] = {
     "lookahead": LookaheadConfig(),
     "early-exit": EarlyExitConfig(),
 }
+WITH_HEADS: Mapping[str, HeadsDrafterConfig] = {  # that come in a folder of their own
+    "medusa": MedusaConfig(),
+    "hydra": HydraConfig(),
+    "eagle-chain": EagleConfig(),
+    "eagle-tree": EagleConfig(branching=(2, 2, 1, 1)),
+    "eagle2": Eagle2Config(),
+    "eagle3": Eagle3Config(),
+}
+# The test of bits: windows of held-out text, their shortest and longest, every which of them alone, the others in batches of 16.
+# Its settings are FEWSTEP_PROMPTS, how many windows, and FEWSTEP_HEADS, a folder of heads by kind.
+BITS, BITS_NEW = int(os.environ.get("FEWSTEP_PROMPTS", "1000")), 24
+SHORT, LONG, ALONE, TOGETHER = 32, 96, 4, 16
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +82,12 @@ def prompts(model: Model) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def near() -> Decoder:
+    return disturbed("float32")
+
+
+def disturbed(dtype: str) -> Decoder:
     """A draft model that often agrees with the shipped one: the same weights, disturbed."""
-    network = load(SOURCE, packed=False).network
+    network = load(SOURCE, dtype=dtype, packed=False).network
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in network.parameters():
@@ -88,6 +112,7 @@ def test_every_registered_drafter_is_here() -> None:
     heads = {kind for kind, config in DRAFTERS.items() if issubclass(config, HeadsDrafterConfig)}
     here = {config.kind for config in SPECULATIVE.values()} | {SilentConfig.kind}
     assert here == set(DRAFTERS) - heads | {MultiTokenConfig.kind}, "the other heads are not shipped"
+    assert {config.kind for config in WITH_HEADS.values()} == heads - {MultiTokenConfig.kind}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -116,6 +141,82 @@ def test_greedy_is_plain_decoding_on_every_prompt(
     found = [row.tokens for group in groups for row in continued(model, config, near, group, NEW)]
     different = [i for i in range(COUNT) if found[i] != plain[i]]
     assert not different, f"{len(different)} of {COUNT} prompts: {different}"
+
+
+@pytest.fixture(scope="module")
+def rounded() -> Model:
+    if not kernels.available():
+        pytest.skip("no C compiler here: in bfloat16 PyTorch's own operators round a call on several tokens otherwise")
+    return load(SOURCE, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def disturbed_too() -> Decoder:
+    return disturbed("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def windows(rounded: Model) -> list[list[int]]:
+    """Pieces of 32 to 96 tokens from all held-out files, no token in two of them."""
+    corpus = cast(DataConfig, resolve(rounded.recipe["data"], DATA, "data")).build()
+    assert rounded.tokenizer is not None
+    pieces, length = [], SHORT
+    for tokens in rounded.tokenizer.encode_documents([document.text for document in corpus.documents("validation")]):
+        start = 0
+        while start + length <= len(tokens):
+            pieces.append(tokens[start : start + length])
+            start, length = start + length, SHORT + (7 * len(pieces)) % (LONG + 1 - SHORT)
+    assert len(pieces) >= BITS
+    return [pieces[i * len(pieces) // BITS] for i in range(BITS)]
+
+
+@pytest.fixture(scope="module")
+def heads(rounded: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with heads of every kind: what FEWSTEP_HEADS names, or some trained for half a minute each."""
+    folder = Path(os.environ.get("FEWSTEP_HEADS") or tmp_path_factory.mktemp("heads"))
+    effort = Effort(model=SOURCE, heads=str(folder), seconds=30)
+    for kind in ("medusa", "hydra", "eagle", "eagle3"):
+        heads_at_hand(Bench(rounded, None, (), effort, folder, Console(quiet=True)), kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bits(rounded: Model, windows: list[list[int]]) -> list[tuple[list[int], str]]:
+    """What plain decoding makes of each window alone."""
+    return [row for row, _ in written(rounded, SilentConfig(), rounded.network, windows, 1)]
+
+
+def written(
+    model: Model, config: DrafterConfig, draft: Decoder, prompts: Sequence[Sequence[int]], batch: int
+) -> Iterator[tuple[tuple[list[int], str], int]]:
+    """Of each prompt the tokens with a digest of the bits of their logits, and the drafts accepted."""
+    settings = Settings(BITS_NEW, keep_logits=True)
+    fetch = companion(model)
+    drafter = config.build(model.network, lambda path: draft if path == "near" else fetch(path))
+    for start in range(0, len(prompts), batch):
+        for row in decode(model.network, drafter, prompts[start : start + batch], settings):
+            assert row.logits is not None and len(row.logits) == len(row.tokens) == BITS_NEW
+            content = row.logits.contiguous().view(torch.uint8).numpy().tobytes()
+            yield (row.tokens, hashlib.blake2b(content, digest_size=16).hexdigest()), sum(row.accepted)
+
+
+@pytest.mark.claims
+@pytest.mark.parametrize("batch", [1, TOGETHER])
+@pytest.mark.parametrize("name", ["silent", *SPECULATIVE, *WITH_HEADS])
+def test_in_bfloat16_tokens_and_logits_are_those_of_plain_decoding_bit_by_bit(
+    name: str, batch: int, request: pytest.FixtureRequest, rounded: Model, windows: list[list[int]], disturbed_too: Decoder
+) -> None:
+    config = SPECULATIVE.get(name, SilentConfig())
+    if name in WITH_HEADS:
+        kind = EagleConfig.kind if name == Eagle2Config.kind else WITH_HEADS[name].kind
+        config = WITH_HEADS[name].model_copy(update={"path": str(request.getfixturevalue("heads") / kind)})
+    step = ALONE if batch == 1 else 1
+    plain = request.getfixturevalue("bits")[::step]
+    found = list(written(rounded, config, disturbed_too, windows[::step], batch))
+    different = [i for i, (row, _) in enumerate(found) if row != plain[i]]
+    tokens = sum(found[i][0][0] != plain[i][0] for i in different)
+    assert not different, f"{len(different)} of {len(plain)} windows, {tokens} of them in their tokens: {different[:20]}"
+    assert name == "silent" or sum(accepted for _, accepted in found) > 0, "nothing drafted was kept, so nothing was tested"
 
 
 @pytest.mark.claims

@@ -12,6 +12,7 @@ from fewstep.core.mixer import Tree
 from fewstep.core.model import Target
 from fewstep.core.random import Rng
 from fewstep.decode.drafters.config import DrafterConfig, Load
+from fewstep.decode.drafters.memory import Memories
 from fewstep.decode.drafters.trie import Trie, planted
 
 
@@ -59,21 +60,7 @@ class Row:
         return 8 * (len(self.text) + sum(map(len, self.guesses)) + ngrams + len(self.asked))
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Rounds:
-    """The memory of each row. Linear: `propose` and `observe` change it in place; cost of `fork`: a copy of each."""
-
-    rows: tuple[Row, ...]
-
-    def fork(self, rows: Tensor) -> "Rounds":
-        return Rounds(tuple(self.rows[row].copy() for row in rows.tolist()))
-
-    def join(self, other: "Rounds") -> "Rounds":
-        return Rounds(self.rows + other.rows)
-
-    def nbytes(self) -> int:
-        return sum(row.nbytes() for row in self.rows)
+Rounds = Memories[Row]
 
 
 @final
@@ -107,7 +94,7 @@ class Lookahead:
             row = Row([], guesses)
             self._read(row, text)
             rows.append(row)
-        return Rounds(tuple(rows))
+        return Memories(tuple(rows))
 
     def propose(self, root: Tensor, state: Rounds, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, Rounds]:
         tries = []

@@ -1,7 +1,6 @@
 """Retrieval: what followed the longest ending of the text, earlier in the text or in a corpus. This file knows no network."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, final
 
 from pydantic import Field
@@ -14,6 +13,7 @@ from fewstep.core.random import Rng
 from fewstep.decode.drafters.automaton import SuffixAutomaton
 from fewstep.decode.drafters.config import DrafterConfig, Load
 from fewstep.decode.drafters.corpus import Corpus
+from fewstep.decode.drafters.memory import Memories
 from fewstep.decode.drafters.trie import Trie, planted
 
 
@@ -46,21 +46,7 @@ class RetrievalConfig(DrafterConfig):
         return Retrieval(self, corpus, target.vocab)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """The automaton of each row. Linear: `propose` and `observe` let them grow in place; cost of `fork`: a copy of each."""
-
-    rows: tuple[SuffixAutomaton, ...]
-
-    def fork(self, rows: Tensor) -> "Texts":
-        return Texts(tuple(self.rows[row].copy() for row in rows.tolist()))
-
-    def join(self, other: "Texts") -> "Texts":
-        return Texts(self.rows + other.rows)
-
-    def nbytes(self) -> int:
-        return sum(row.nbytes() for row in self.rows)
+Texts = Memories[SuffixAutomaton]
 
 
 @final
@@ -83,7 +69,7 @@ class Retrieval:
         automata = tuple(SuffixAutomaton(self.vocab) for _ in range(prompt.batch))
         for automaton, tokens, count in zip(automata, prompt.tokens.tolist(), prompt.valid.sum(1).tolist(), strict=True):
             automaton.extend(tokens[:count])
-        return Texts(automata)
+        return Memories(automata)
 
     def propose(self, root: Tensor, state: Texts, handle: Handle, budget: Tensor, rng: Rng) -> tuple[Tree, Texts]:
         tries = []

@@ -23,10 +23,13 @@ Verdict = Literal["reproduced", "not reproduced", "not measured"]
 class Effort(Config):
     """How much a reproduction may spend: prompts and tokens of each, rounds of timing, draws of the tests of laws, and seconds
     of training for each network that is not at hand. `model` and `draft`: names, directories or hub ids; `dtype` their weights'.
+    `heads`: a folder with the heads for the model by kind, medusa in heads/medusa, as `fewstep train medusa --out heads/medusa`
+    leaves them; those that are missing are trained there.
     """
 
     model: str = "code-nano"
     draft: str = ""
+    heads: str = ""
     dtype: str = "float32"
     count: int = Field(default=24, ge=1)
     max_new_tokens: int = Field(default=64, ge=2)
@@ -39,7 +42,8 @@ class Effort(Config):
 @final
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What claims are measured on: the model, a draft model of it if at hand, held-out prompts, a folder for scratch."""
+    """What claims are measured on: the model, a draft model of it if at hand, held-out prompts, a folder for scratch, and one
+    that stays, if any, where a killed run finds again what it measured."""
 
     model: Model
     draft: Model | None
@@ -47,6 +51,7 @@ class Bench:
     effort: Effort
     scratch: Path
     console: Console
+    kept: Path | None = None
 
 
 @final

@@ -1,9 +1,11 @@
-"""Networks that a reproduction needs and does not find: a small draft model, parallel heads. Both start from the model's weights
-and train for a fixed time on its own training data.
+"""Networks that a reproduction needs and does not find: a small draft model, heads. They train for a fixed time on the model's
+own training data.
 
 This file knows decoders, heads and the trainer.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 
 from fewstep.core.objective import Objective
 from fewstep.core.recipe import resolve
+from fewstep.hub.load import HEADS
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model
 from fewstep.nn.heads import ParallelHeads, ParallelHeadsConfig
 from fewstep.nn.packed import pack
-from fewstep.recipes.run import cache_directory
+from fewstep.recipes.run import cache_directory, train
 from fewstep.report.claims.claim import Bench
 from fewstep.training.data import DATA, DataConfig, prepare
 from fewstep.training.objectives.multi_token import MultiTokenConfig
@@ -51,6 +54,32 @@ def trained_parallel_heads(bench: Bench, depth: int = 3) -> Model:
         parameter.requires_grad_(name.startswith("extra."))
     tune(bench, network, MultiTokenConfig(trunk="frozen", weight=float(depth)).build(), "heads")
     return _laid_out(bench, network)
+
+
+def heads_at_hand(bench: Bench, kind: str) -> str:
+    """The directory of heads of `kind` ("": the model has its own): that in the bench's folder of heads, else trained there.
+
+    Without a folder they are trained in scratch, by the shipped recipe of that name. Raises ValueError for a run that has not
+    ended, or a model whose recipe names no training data.
+    """
+    effort = bench.effort
+    directory = (Path(effort.heads) if effort.heads else bench.scratch) / kind
+    if (directory / HEADS).is_file():
+        return str(directory)
+    if kind in bench.model.network.heads:
+        return ""
+    unfinished = f"heads={effort.heads!r}: {directory} holds a run that has not ended; wait for it, resume it or remove it"
+    if directory.exists():
+        raise ValueError(unfinished)
+    if "data" not in bench.model.recipe:
+        raise ValueError("model: its recipe names no training data; use a fewstep model, e.g. code-nano, or give its heads")
+    bench.console.print(f"no heads for {kind}: training them for {effort.seconds:g} s")
+    data = cast(Mapping[str, object], bench.model.recipe["data"])
+    fields = {f"data.{name}": value for name, value in data.items()}
+    chosen = {"model.target": effort.model, "budget.seconds": effort.seconds, "run.seed": effort.seed}
+    if train(kind, {**fields, **chosen}, directory=directory, console=bench.console).summary.interrupted:
+        raise ValueError(unfinished)
+    return str(directory)
 
 
 def tune(bench: Bench, network: nn.Module, objective: Objective, name: str) -> None:
