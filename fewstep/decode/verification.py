@@ -68,6 +68,7 @@ class TypicalVerificationConfig(VerificationConfig):
 
     kind: ClassVar[str] = "typical"
     source: ClassVar[str] = "Cai et al. 2024, Medusa, arXiv 2401.10774, section 2.3.1"
+    claims: ClassVar[tuple[str, ...]] = ("typical-acceptance",)
     lossless: ClassVar[bool] = False
 
     epsilon: float = Field(default=0.09, gt=0, le=1)

@@ -28,7 +28,7 @@ class DraftModelConfig(DrafterConfig):
 
     kind: ClassVar[str] = "draft_model"
     source: ClassVar[str] = "Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318"
-    claims: ClassVar[tuple[str, ...]] = ("speculative-sampling",)
+    claims: ClassVar[tuple[str, ...]] = ("speculative-sampling", "spec-bench")
 
     path: str = ""
     branching: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 1, 1, 1), min_length=1)

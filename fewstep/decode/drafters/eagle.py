@@ -36,6 +36,7 @@ class EagleConfig(HeadsDrafterConfig):
 
     kind: ClassVar[str] = "eagle"
     source: ClassVar[str] = "Li et al. 2024, EAGLE, arXiv 2401.15077"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     branching: Branching = Field(default=(1, 1, 1, 1), min_length=1)
     mode: Mode = "drawn"
@@ -53,6 +54,7 @@ class Eagle2Config(HeadsDrafterConfig):
 
     kind: ClassVar[str] = "eagle2"
     source: ClassVar[str] = "Li et al. 2024, EAGLE-2, arXiv 2406.16858"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     topk: int = Field(default=4, ge=1)
     depth: int = Field(default=5, ge=1)
@@ -69,6 +71,7 @@ class Eagle3Config(HeadsDrafterConfig):
 
     kind: ClassVar[str] = "eagle3"
     source: ClassVar[str] = "Li et al. 2025, EAGLE-3, arXiv 2503.01840"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     branching: Branching = ()
     mode: Mode = "drawn"

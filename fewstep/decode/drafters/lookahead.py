@@ -26,6 +26,7 @@ class LookaheadConfig(DrafterConfig):
 
     kind: ClassVar[str] = "lookahead"
     source: ClassVar[str] = "Fu et al. 2024, lookahead decoding, arXiv 2402.02057"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     window: int = Field(default=2, ge=1)
     ngram: int = Field(default=6, ge=2)

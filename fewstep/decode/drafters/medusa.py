@@ -68,6 +68,7 @@ class MedusaConfig(_Config):
 
     kind: ClassVar[str] = "medusa"
     source: ClassVar[str] = "Cai et al. 2024, arXiv 2401.10774"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     def build(self, target: Target, load: Load) -> "Drafter[LastActivation]":
         heads = self.heads(target, load, MedusaHeads)
@@ -80,6 +81,7 @@ class HydraConfig(_Config):
 
     kind: ClassVar[str] = "hydra"
     source: ClassVar[str] = "Ankner et al. 2024, arXiv 2402.05109"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     def build(self, target: Target, load: Load) -> "Drafter[LastActivation]":
         heads = self.heads(target, load, HydraHeads)

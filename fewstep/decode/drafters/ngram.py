@@ -24,6 +24,7 @@ class NgramConfig(DrafterConfig):
 
     kind: ClassVar[str] = "ngram"
     source: ClassVar[str] = "Saxena 2023, prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     max_ngram: int = Field(default=4, ge=1, le=16)
     min_ngram: int = Field(default=2, ge=1)

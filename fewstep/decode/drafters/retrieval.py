@@ -28,6 +28,7 @@ class RetrievalConfig(DrafterConfig):
 
     kind: ClassVar[str] = "retrieval"
     source: ClassVar[str] = "Hu et al. 2024, SAM decoding, arXiv 2411.10666; He et al. 2023, REST, arXiv 2311.08252"
+    claims: ClassVar[tuple[str, ...]] = ("spec-bench",)
 
     min_match: int = Field(default=1, ge=1)
     depth: int = Field(default=15, ge=1)

@@ -131,7 +131,7 @@ def recall(bench: Bench, mixer: Config, name: str) -> float:
 def trained(bench: Bench, mixer: Config, name: str, log_every: int = 10) -> Decoder:
     """A decoder of two layers of `mixer`, trained on lists for the bench's seconds; its log is in the folder `name` of scratch."""
     effort = bench.effort
-    config = DecoderConfig(vocab=128, width=_WIDTH, depth=2, query_heads=_HEADS, hidden=2 * _WIDTH, mixers=(mixer,), tied=False)
+    config = DecoderConfig(vocab=128, width=_WIDTH, depth=2, query_heads=_HEADS, hidden=2 * _WIDTH, mixers=(AttentionConfig(window=2), mixer), tied=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(effort.seed)
         network = config.build().float()
