@@ -38,25 +38,25 @@ class MLP(nn.Module):
 
 
 class BlockConfig(Config):
-    """What every block of a model shares. `hidden` is the inner width of the MLP."""
+    """What every block of a model shares. `hidden` is the inner width of the MLP; 0: there is none (gated units need none)."""
 
     norm: Norm = "rms"
     eps: float = Field(default=1e-6, gt=0)
     activation: Activation = "swiglu"
-    hidden: int = Field(default=688, ge=1)
+    hidden: int = Field(default=688, ge=0)
     mlp_bias: bool = False
 
 
 @final
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + MLP(norm(x))."""
+    """x + mixer(norm(x)), then, unless `hidden` is 0, x + MLP(norm(x))."""
 
     def __init__(self, config: BlockConfig, width: int, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer: Any = mixer  # fulfils core.mixer.Mixer; nn.Module attributes defeat structural typing
         self.mixer_norm = norm(config.norm, width, config.eps)
-        self.mlp_norm = norm(config.norm, width, config.eps)
-        self.mlp = MLP(width, config.hidden, config.activation, config.mlp_bias)
+        self.mlp_norm = norm(config.norm, width, config.eps) if config.hidden else nn.Identity()
+        self.mlp = MLP(width, config.hidden, config.activation, config.mlp_bias) if config.hidden else None
         self.packed: Any = None  # packed.PackedBlocks of this one: `extend` as one call, where the parts allow it
 
     def init_state(self, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
@@ -65,12 +65,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Aux]:
         mixed, aux = self.mixer(self.mixer_norm(x), ctx)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), aux
+        return self.feed_forward(x + mixed), aux
 
     def extend(self, x: Tensor, ctx: Context, state: Any) -> tuple[Tensor, State]:
         if self.packed is not None and self.packed.takes(x, x.shape[1], ctx, state.caches):
             return self.packed.extend(x, ctx, state)
         mixed, state = self.mixer.extend(self.mixer_norm(x), ctx, state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        return self.feed_forward(x + mixed), state
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x [B,T,D] past the MLP, where there is one."""
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))

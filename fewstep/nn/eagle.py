@@ -107,7 +107,7 @@ class EagleNetwork(nn.Module):
     def closed(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """The residual and the mixer's output -> the position's output [B,T,D]."""
         x = residual + mixed
-        return x + self.block.mlp(self.block.mlp_norm(x))
+        return self.block.feed_forward(x)
 
     def extend(self, hidden: Tensor, embedded: Tensor, ctx: Context, state: State) -> tuple[Tensor, State]:
         """Pending positions that read `hidden` [B,T,D] and the embeddings `embedded` [B,T,D] of the tokens after them."""

@@ -41,10 +41,11 @@ def discretise(a: Tensor, b: Tensor, step: float, rule: Rule) -> tuple[Tensor, T
         case "euler":
             return one + step * a, step * b
         case "backward":
-            return torch.linalg.inv(one - step * a), torch.linalg.solve(one - step * a, step * b)
+            solved = torch.linalg.solve(one - step * a, torch.cat([one, step * b[:, None]], 1))
+            return solved[:, :-1], solved[:, -1]
         case "bilinear":
-            left = one - step / 2 * a
-            return torch.linalg.solve(left, one + step / 2 * a), torch.linalg.solve(left, step * b)
+            solved = torch.linalg.solve(one - step / 2 * a, torch.cat([one + step / 2 * a, step * b[:, None]], 1))
+            return solved[:, :-1], solved[:, -1]
         case "zoh":
             grown = torch.linalg.matrix_exp(step * a)
             return grown, torch.linalg.solve(a, (grown - one) @ b)

@@ -289,8 +289,10 @@ def _packed_blocks(blocks: Sequence[nn.Module]) -> PackedBlocks | None:
     """The blocks' one-call step, None where the kernel cannot take a part of it."""
     listed = [block for block in blocks if isinstance(block, Block)]
     parts = [part for part in map(_parts, listed) if part is not None]
-    kinds = {(part.qkv.dtype, part.qkv.shape[1], id(block.mixer.position)) for part, block in zip(parts, listed, strict=False)}
-    if len(parts) < len(blocks) or len(kinds) != 1:
+    if len(parts) < len(blocks):
+        return None
+    kinds = {(part.qkv.dtype, part.qkv.shape[1], id(block.mixer.position)) for part, block in zip(parts, listed, strict=True)}
+    if len(kinds) != 1:
         return None
     position = listed[0].mixer.position
     read = [part.nbytes for block in blocks for part in block.modules() if isinstance(part, PackedLinear | PackedNorm)]
@@ -335,7 +337,9 @@ def packed_modules(heads: SequentialHeads, depth: int, embedding: nn.Module, hea
 
 def _parts(block: Block) -> kernels.Parts | None:
     mixer, mlp = block.mixer, block.mlp
-    if not isinstance(mixer, Attention) or not (isinstance(mixer.position, Rope) or type(mixer.position) is NoPosition):
+    if mlp is None or not isinstance(mixer, Attention):
+        return None
+    if not (isinstance(mixer.position, Rope) or type(mixer.position) is NoPosition):
         return None
     linears: tuple[nn.Module, ...] = (mixer.qkv, mixer.out, mlp.up, mlp.down)
     norms: tuple[nn.Module | None, ...] = (block.mixer_norm, block.mlp_norm, mixer.q_norm, mixer.k_norm)

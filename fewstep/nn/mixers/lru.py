@@ -53,9 +53,9 @@ class LRU(scan.Scanned):
     def __init__(self, config: LRUConfig, width: int) -> None:
         super().__init__()
         states = config.state or width
-        square = torch.empty(states).uniform_(config.inner**2, config.outer**2)  # uniform by area
+        square = torch.empty(states).uniform_(max(config.inner**2, 1e-12), config.outer**2)  # uniform by area, and never 0
         self.nu = nn.Parameter((-square.log() / 2).log())
-        self.theta = nn.Parameter((torch.rand(states) * config.angle).clamp(min=1e-6).log())
+        self.theta = nn.Parameter(torch.empty(states).uniform_(1e-6 * config.angle, config.angle).log())
         self.gamma = nn.Parameter((1 - square).log() / 2)  # what a state gathers is as large as the inputs are, eq. 7
         self.b = nn.Parameter(torch.randn(2, states, width) / math.sqrt(2 * width))  # real and imaginary parts
         self.c = nn.Parameter(torch.randn(2, width, states) / math.sqrt(states))

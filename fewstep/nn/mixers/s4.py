@@ -94,9 +94,7 @@ class StateSpace(scan.Scanned):
         self.states = config.state // 2
         low, high = math.log(config.step_min), math.log(config.step_max)
         self.step_log = nn.Parameter(torch.empty(width).uniform_(low, high))
-        self.c = nn.Parameter(
-            torch.randn(width, self.states, 2) * 0.5**0.5
-        )  # real and imaginary parts, as of all that is complex
+        self.c = nn.Parameter(torch.randn(width, self.states, 2) * 0.5**0.5)  # as all that is complex: real, imaginary
         self.skip = nn.Parameter(torch.randn(width))
         self.out = nn.Linear(width, 2 * width)
 
