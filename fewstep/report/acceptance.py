@@ -41,10 +41,11 @@ class Place:
 @final
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How a shape advances: `tokens` per step, and the share of steps whose trees had n nodes, `sizes[n]`."""
+    """How a shape advances: `tokens` per step, the share of steps whose trees had n nodes, `sizes[n]`, from `steps` steps."""
 
     tokens: float
     sizes: dict[int, float]
+    steps: int
 
     def together(self, rows: int) -> dict[int, float]:
         """The sizes of the largest tree of `rows` rows, which all have to be as wide as."""
@@ -82,7 +83,7 @@ class Ledger:
                 emitted = 1 + sum(place.accepted[:length] in kept for length in range(1, len(place.accepted) + 1))
                 sizes[1 + len(kept)] += 1
                 tokens, steps, at = tokens + emitted, steps + 1, at + emitted
-        return Pace(tokens / steps, {nodes: count / steps for nodes, count in sizes.items()})
+        return Pace(tokens / steps, {nodes: count / steps for nodes, count in sizes.items()}, steps)
 
     def likeliest(self, nodes: int) -> tuple[Path, ...]:
         """The paths of the tree of at most `nodes` nodes, root included, that keeps the most where steps may begin anywhere."""

@@ -147,9 +147,12 @@ def measured_costs(work: Work, drafters: Mapping[Shape, Drafter[Any]], curve: Cu
 @final
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per token after the prompt: `best`, of every step the fastest of all rounds, and those of each lap, `laps`."""
+    """How long `tokens` tokens took after their prompts, in `steps` steps of single rows: `best` seconds per token, of every step
+    the fastest of all rounds, and the seconds per token of each lap, `laps`."""
 
     best: float
+    tokens: int
+    steps: int
     laps: tuple[float, ...]
 
 
@@ -179,16 +182,17 @@ def _lap(work: Work, drafters: Sequence[Drafter[Any]], batch: Sequence[Sequence[
 
 
 def _timing(laps: Sequence[Sequence[Sequence[Sequence[Turn]]]], who: int) -> Timing:
-    best = tokens = 0.0
+    best, tokens, rows = 0.0, 0, 0
     each: list[float] = []
     for rounds in laps:
         first, *steps = zip(*(lap[who] for lap in rounds), strict=False)  # as many as every round has
         plain = min(lap[0][0].seconds for lap in rounds)
         start = max(0.0, min(turn.seconds for turn in first) - plain)
         count = sum(int(same[0].step.count.sum()) for same in steps)
-        best, tokens = best + start + sum(min(turn.seconds for turn in same) for same in steps), tokens + count
+        best += start + sum(min(turn.seconds for turn in same) for same in steps)
+        tokens, rows = tokens + count, rows + sum(len(same[0].step.rows) for same in steps)
         each += [(start + sum(turn.seconds for turn in own)) / count for own in zip(*steps, strict=True)]
-    return Timing(best / tokens, tuple(each))
+    return Timing(best / tokens, tokens, rows, tuple(each))
 
 
 @final

@@ -5,7 +5,7 @@ numbers race plain decoding. This file knows models and drafters by their contra
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -20,7 +20,7 @@ from fewstep.core.recipe import Config, parse
 from fewstep.decode.drafters import DRAFTERS
 from fewstep.decode.drafters.config import DrafterConfig, Load
 from fewstep.decode.drafters.silent import Silent, SilentConfig
-from fewstep.decode.guard import Guarded, Prices
+from fewstep.decode.guard import Prices
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.text import drafter_config
 from fewstep.hub.heads import companion
@@ -30,10 +30,11 @@ from fewstep.nn.medusa import FreeHeads
 from fewstep.report.acceptance import Ledger, Pace, accepted
 from fewstep.report.prompts import prompts_for, read_prompts
 from fewstep.report.shapes import Shape, anchors, inside, widest
-from fewstep.report.steps import Costs, Curve, Work, measured_costs, measured_curve, raced
+from fewstep.report.steps import Costs, Curve, Timing, Work, measured_costs, measured_curve, raced
 from fewstep.report.tuned import Tuned, circumstances, keep
 
 _LEVELS = 6  # of drafters that can go on for ever
+_RACED = 4  # prompts of the race: few, so that many rounds tell how long a step takes where nothing disturbs it
 _FREE = ("ngram", "retrieval")  # drafters that need no weights
 
 
@@ -41,8 +42,9 @@ _FREE = ("ngram", "retrieval")  # drafters that need no weights
 class TuneConfig(Config):
     """How a drafter is tuned: for `batch` rows at `temperature`, trees of at most `nodes` nodes, its root included.
 
-    Acceptance is measured on `prompts` prompts continued by `new_tokens` tokens; the `finalists` best race plain decoding, and
-    one that is not `gain` times as fast loses to it. `seconds`: what the costs, the acceptance and the race take at most, each.
+    Acceptance is measured on `prompts` prompts continued by `new_tokens` tokens; the `finalists` best race plain decoding on some
+    of them, up to `rounds` times, and one that is not `gain` times as fast loses to it. `seconds`: what the costs, the acceptance
+    and the race take at most, each, about.
     """
 
     batch: int = Field(default=1, ge=1)
@@ -51,7 +53,7 @@ class TuneConfig(Config):
     prompts: int = Field(default=12, ge=1)
     new_tokens: int = Field(default=64, ge=8)
     finalists: int = Field(default=3, ge=1)
-    rounds: int = Field(default=3, ge=1)
+    rounds: int = Field(default=8, ge=1)
     gain: float = Field(default=1.02, ge=1)
     seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
 
@@ -126,9 +128,10 @@ def tune(
         candidates += ranked(inside(wide, config.nodes, ledger.likeliest), ledger, costs, config.batch)
     candidates.sort(key=lambda one: (-one.predicted, one.shape.nodes))
     finalists = candidates[: config.finalists]
-    entrants = [Guarded(one.shape.config.build(target, load), one.prices) for one in finalists]
-    plain, *timings = raced(work, [Silent(), *entrants], config.rounds, config.seconds)
-    speeds = [plain.best / timing.best for timing in timings]
+    some = replace(work, prompts=prompts[: config.batch * -(-_RACED // config.batch)])
+    entrants = [Silent(), *(one.shape.config.build(target, load) for one in finalists)]
+    plain, *timings = raced(some, entrants, config.rounds, config.seconds)
+    speeds = [_speed(one, plain, timing) for one, timing in zip(finalists, timings, strict=True)]
     best = max(range(len(speeds)), key=speeds.__getitem__)
     if speeds[best] < config.gain:
         chosen = Tuned(SilentConfig(), 1.0, Prices({1: 1.0}, 0.0))
@@ -180,6 +183,12 @@ def ranked(shapes: Iterable[Shape], ledger: Ledger, costs: Costs, batch: int) ->
         speed = costs.speed(shape, pace.tokens, pace.together(batch))
         found.append(Candidate(shape, pace, speed, costs.prices(shape)))
     return sorted(found, key=lambda one: (-one.predicted, one.shape.nodes))
+
+
+def _speed(one: Candidate, plain: Timing, timing: Timing) -> float:
+    """How many times faster than plain decoding by the seconds of the steps raced, at the pace on all texts."""
+    pace = (one.pace.tokens * one.pace.steps + timing.tokens) / (one.pace.steps + timing.steps)
+    return plain.best / timing.best * pace * timing.steps / timing.tokens
 
 
 def levels(drafter: DrafterConfig, target: Target, load: Load) -> int:

@@ -11,7 +11,7 @@ from fewstep.decode.guard import Guarded
 from fewstep.decode.text import GenerationConfig
 from fewstep.hub.heads import companion
 from fewstep.hub.load import load
-from fewstep.report.tuned import cache, drafter_for
+from fewstep.report.tuned import cache, choose
 
 SMALL = ("--count", "2", "--max-new-tokens", "8", "--dtype", "float32", "--set", "test.draws=4000", "--set", "test.contexts=1")
 
@@ -56,5 +56,5 @@ def test_what_is_tuned_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     record = json.loads(path.read_text())
     assert record["facts"]["batch"] == 1
     model = load("code-nano")
-    drafter = drafter_for(model, "auto", 1, GenerationConfig(), companion(model))
+    drafter = choose(model, "auto", 1, GenerationConfig(), companion(model)).drafter
     assert isinstance(drafter, Guarded if record["drafter"]["kind"] == "ngram" else Silent)

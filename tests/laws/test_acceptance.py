@@ -133,8 +133,8 @@ def test_sizes_of_several_rows(seed: int) -> None:
     largest: Counter[int] = Counter()
     for sizes in itertools.product(shares, repeat=3):
         largest[max(sizes)] += shares[sizes[0]] * shares[sizes[1]] * shares[sizes[2]]  # type: ignore[assignment]
-    assert Pace(2.0, shares).together(3) == pytest.approx(dict(largest))
-    assert Pace(2.0, shares).together(1) == pytest.approx(shares)
+    assert Pace(2.0, shares, 100).together(3) == pytest.approx(dict(largest))
+    assert Pace(2.0, shares, 100).together(1) == pytest.approx(shares)
 
 
 def test_any_tree_of_a_size_is_beaten_by_the_likeliest(seed: int) -> None:
