@@ -69,7 +69,7 @@ def theirs(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def chosen_clock() -> Callable[[], float]:
-    """The thread's own processor time where there is one thread: other work on the machine lengthens it less than the wall clock."""
+    """The thread's own processor time where there is one thread: other work lengthens it less than the wall clock."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 

@@ -67,7 +67,12 @@ def after(a: Tensor, b: Tensor, start: Tensor, real: Tensor) -> Tensor:
 
 
 class Scanned(Recurrent):
-    """A recurrent mixer whose parallel form is one sweep over whole sequences, packed ones too."""
+    """A recurrent mixer whose parallel form is one sweep over whole sequences, packed ones too.
+
+    `shown`: how many of its features, the first ones, a token's inputs may be made of later; None: all.
+    """
+
+    shown: int | None = None
 
     @abstractmethod
     def sweep(self, inputs: Inputs, place: Tensor) -> Tensor:
@@ -79,13 +84,15 @@ class Scanned(Recurrent):
         (batch, count, _), segments = x.shape, ctx.segments
         place = torch.arange(count, device=x.device).expand(batch, -1) if segments is None else places(segments)
         features = self.features(x)
-        before = features.new_zeros(batch, count, 0, features.shape[2])
-        if self.reach:
-            before = pad(features, (0, 0, self.reach, 0)).unfold(1, self.reach, 1)[:, :count].mT
-        if segments is not None:
-            near = torch.arange(self.reach, 0, -1, device=x.device)  # how far back each of them lies
-            before = before * (place.unsqueeze(-1) >= near).unsqueeze(-1)
-        return self.finish(self.sweep(self.inputs(features, before, ctx.positions), place), features), {}
+        inputs = self.inputs(features, self._shifted(features, place), ctx.positions)
+        return self.finish(self.sweep(inputs, place), features), {}
+
+    def _shifted(self, features: Tensor, place: Tensor) -> Tensor:
+        """[B,T,R,F] what the `reach` tokens before each show, zeros before the first."""
+        shown, count = features[..., : self.shown], features.shape[1]
+        padded = pad(shown, (0, 0, self.reach, 0))
+        steps = [padded[:, r : r + count].masked_fill((place < self.reach - r).unsqueeze(-1), 0) for r in range(self.reach)]
+        return torch.stack(steps, 2) if steps else shown.new_empty(*shown.shape[:2], 0, shown.shape[2])
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

@@ -23,6 +23,6 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
         """x [B,T,C] and what stood at the R tokens before each, [B,T,R,C] with the nearest last."""
         y = x * self.weight[-1]
-        for r in range(before.shape[2]):
-            y = torch.addcmul(y, before[:, :, r], self.weight[r])
+        for past, weight in zip(before.unbind(2), self.weight[:-1], strict=True):
+            y = torch.addcmul(y, past, weight)
         return y if self.bias is None else y + self.bias

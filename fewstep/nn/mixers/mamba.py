@@ -26,7 +26,6 @@ class MambaConfig(Config):
 
     kind: ClassVar[str] = "mamba"
     source: ClassVar[str] = "Gu & Dao 2023, arXiv 2312.00752"
-    claims: ClassVar[tuple[str, ...]] = ("selective-copying",)
 
     expand: int = Field(default=2, ge=1)
     state: int = Field(default=16, ge=1)
@@ -62,7 +61,8 @@ class Mamba(Scanned):
     def __init__(self, config: MambaConfig, width: int) -> None:
         super().__init__()
         inner, rank = config.expand * width, config.rank or math.ceil(width / 16)
-        self.config, self.inner, self.rank, self.reach = config, inner, rank, config.conv - 1
+        self.config, self.inner, self.rank = config, inner, rank
+        self.reach, self.shown = config.conv - 1, inner
         self.into = nn.Linear(width, 2 * inner, bias=False)  # what is mixed, then the gate
         self.conv = ShortConv(inner, config.conv, bias=True)
         self.select = nn.Linear(inner, rank + 2 * config.state, bias=False)  # time steps, B, C

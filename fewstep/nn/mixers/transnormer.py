@@ -19,7 +19,6 @@ class TransNormerConfig(Config):
 
     kind: ClassVar[str] = "transnormer"
     source: ClassVar[str] = "Qin et al. 2022, arXiv 2210.10340"
-    claims: ClassVar[tuple[str, ...]] = ("transnormer",)
 
     eps: float = Field(default=1e-6, gt=0)
 
