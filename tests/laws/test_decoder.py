@@ -276,7 +276,7 @@ def test_the_start_keeps_the_scale_of_the_residual() -> None:
         ({"embed_std": 1.0}, r"model\.embed_std=1\.0: [^\n]*tied=false[^\n]*"),
         ({"depth": 0}, r"model\.depth=0: [^\n]*1"),
         ({"position": {"kind": "rope", "low_frequency": 4.0}}, r"model\.position\.low_frequency=4\.0: [^\n]*below[^\n]*"),
-        ({"hidden": 0}, r"model\.hidden=0: [^\n]*1"),
+        ({"hidden": -1}, r"model\.hidden=-1: [^\n]*0"),
         ({"eps": -1e-6}, r"model\.eps=-1e-06: [^\n]*0"),
         ({"mixers": [{"kind": "attention", "windw": 3}]}, r"model\.mixers\.0\.windw: no such field; did you mean 'window'\?"),
     ],

@@ -103,7 +103,7 @@ def test_s4_begins_as_the_dense_system_of_hippo() -> None:
     read = (2 * complex_of(layer.c) @ form.v.mH).real
     y = torch.empty_like(x)
     for d in range(WIDTH):
-        a, b = discretise(*legs(32), float(layer.step_log[d].exp()), "bilinear")
+        a, b = discretise(*legs(32), float(layer.step_log[d].detach().exp()), "bilinear")
         h = torch.zeros(32, dtype=torch.float64)
         for t in range(60):
             h = a @ h + b * x[0, t, d]
