@@ -1,7 +1,7 @@
 """Decoding speed beside llama.cpp: the same weights in bfloat16 (as GGUF), prompts, tokens and threads, in alternating runs.
 
-`python benchmarks/llamacpp.py`, on an idle machine, after `pip install llama-cpp-python gguf`, which compiles llama.cpp and takes
-too long to be asked for by an extra. Without them one line says so and nothing is measured.
+`python benchmarks/llamacpp.py`, on an idle machine, after `pip install llama-cpp-python gguf`, which compiles llama.cpp for some
+eleven minutes of processor time and so is asked for by no extra. Without them one line says so and nothing is measured.
 llama.cpp runs in a process of its own that answers one request a line. Its loop here is the leanest that its C functions allow,
 greedy by numpy, with the prompt lookup that comes with llama-cpp-python. Before the race both sides' logits are held against
 those of the same weights in float32. Prints tables, writes runs/benchmarks/llamacpp.json, and asserts nothing.
@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
@@ -57,7 +56,6 @@ RANDOM: Mapping[str, DecoderConfig] = MappingProxyType(
 )
 CAPACITY, PROMPT = 512, 64  # tokens of context; tokens of a random prompt
 SIZES = (1, 2, 4, 8, 16)  # tokens in one call
-LOOKUPS = (2, 3, 4, 6, 8)  # tokens that llama.cpp's prompt lookup drafts
 REST = 0.05  # seconds after a run, in which the threads of that run stop spinning
 
 
@@ -289,14 +287,16 @@ def made(name: str, count: int) -> tuple[Model, list[list[int]]]:
 
 
 def contestants(model: Model, name: str, peer: Peer, config: RaceConfig) -> list[Contestant]:
-    """Plain decoding of both sides and, on text, every drafter of both; the sides take turns, for who idled starts slower."""
+    """Plain decoding of both sides and, on text, every drafter of ours and as many prompt lookups, of 2 tokens and more, of theirs.
+
+    Sides alternate without exception: a process that idled while the other ran starts slower, which must meet all alike.
+    """
     network, text = model.network, name == SHIPPED
     extra: dict[str, DrafterConfig] = {f"retrieval {nodes}": RetrievalConfig(nodes=nodes) for nodes in (4, 8) if text}
     drafters = {**entrants(network, () if text else (PLAIN,)), **extra}
-    lookups = (0, *LOOKUPS) if text else (0,)
     ours = [Ours(key, network, drafter.build(network, lambda path: network), config) for key, drafter in drafters.items()]
-    theirs = [Theirs(peer, drafts, config.max_new_tokens) for drafts in lookups]
-    return [entrant for pair in zip_longest(ours, theirs) for entrant in pair if entrant is not None]
+    theirs = [Theirs(peer, drafts, config.max_new_tokens) for drafts in (0, *range(2, len(ours) + 1))]
+    return [entrant for pair in zip(ours, theirs, strict=True) for entrant in pair]
 
 
 def race(name: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -362,11 +362,9 @@ def _show_race(records: Sequence[Record], console: Console) -> None:
         speed = f"{row['tokens_per_call']:.2f}", f"{row['decoding_ms_per_token']['median']:.3f}"
         table.add_row(f"{record.library} {record.name}", *speed, *ratios, str(row["identical"]))
     console.print(table)
-    plain, fastest = records[0], {}
-    for record in sorted(records, key=lambda record: record.tokens_per_second.median):
-        fastest[record.library] = record
+    fastest = {record.library: record for record in sorted(records, key=lambda record: record.tokens_per_second.median)}
     best = fastest[Ours.library]
-    for other in (plain, fastest[LIBRARY]):
+    for other in (records[0], fastest[LIBRARY]):
         whole, decoding = (_shown(asdict(ratio)) for ratio in (best.speed_over(other), best.decoding_speed_over(other)))
         console.print(f"{best.name} over {other.library} {other.name}: {whole}, without the prompts {decoding}", soft_wrap=True)
 

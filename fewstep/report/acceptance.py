@@ -60,9 +60,11 @@ class Pace:
 @final
 @dataclass(slots=True)
 class Ledger:
-    """Texts, each a list of places one token apart."""
+    """Texts, each a list of places one token apart, of at most `length` tokens after the one that comes with the prompt: the last
+    step of a text emits no more than it has left."""
 
     texts: list[list[Place]] = field(default_factory=list)
+    length: int = 1 << 62
 
     @property
     def places(self) -> int:
@@ -81,6 +83,7 @@ class Ledger:
                 if kept is None:
                     kept = known[place.offered] = shape.kept(place.offered)
                 emitted = 1 + sum(place.accepted[:length] in kept for length in range(1, len(place.accepted) + 1))
+                emitted = min(emitted, self.length - at)
                 sizes[1 + len(kept)] += 1
                 tokens, steps, at = tokens + emitted, steps + 1, at + emitted
         return Pace(tokens / steps, {nodes: count / steps for nodes, count in sizes.items()}, steps)
@@ -138,11 +141,11 @@ def accepted(
     sampling: SamplingConfig = SamplingConfig(),
     seconds: float = float("inf"),
 ) -> Ledger:
-    """Continue each of `prompts` by `tokens` tokens with trees of up to `nodes` nodes drafted at every one.
+    """Continue each of `prompts` by a token and `tokens` more, with trees of up to `nodes` nodes drafted at every one of these.
 
     The prompts take turns, token by token, and stop after `seconds`. Cost: a call with a whole tree per token.
     """
-    ledger = Ledger([[] for _ in prompts])
+    ledger = Ledger([[] for _ in prompts], tokens)
 
     def stream(number: int) -> Iterator[Event[Step]]:
         prompt = prompts[number]
@@ -153,4 +156,4 @@ def accepted(
 
     for _ in in_turn([stream(number) for number in range(len(prompts))], placement(target)[0], seconds):
         pass
-    return Ledger([text for text in ledger.texts if text])
+    return Ledger([text for text in ledger.texts if text], tokens)

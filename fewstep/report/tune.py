@@ -123,7 +123,7 @@ def tune(
         )
         built = wide.config.build(target, load)
         ledger = accepted(
-            target, built, prompts[: config.prompts], config.new_tokens, wide.nodes, sampling=sampling, seconds=share
+            target, built, prompts[: config.prompts], config.new_tokens - 1, wide.nodes, sampling=sampling, seconds=share
         )
         candidates += ranked(inside(wide, config.nodes, ledger.likeliest), ledger, costs, config.batch)
     candidates.sort(key=lambda one: (-one.predicted, one.shape.nodes))

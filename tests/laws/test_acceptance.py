@@ -92,9 +92,18 @@ def test_a_narrow_tree_keeps_at_every_step_what_the_wide_run_says(name: str, see
             assert drafted == sum(text[at].accepted[:length] in kept for length in range(1, len(text[at].accepted) + 1))
             sizes[1 + len(kept)] += 1
             at += 1 + drafted
-        pace = Ledger([text]).pace(shape)
+        pace = Ledger([text]).pace(shape)  # of a text that goes on
         assert pace.tokens == pytest.approx(at / sizes.total())
         assert pace.sizes == pytest.approx({nodes: count / sizes.total() for nodes, count in sizes.items()})
+
+
+def test_the_end_of_a_text_is_the_end_of_its_steps(seed: int) -> None:
+    target, draft = models(seed)
+    config = NgramConfig(min_ngram=1, depth=6)
+    ledger = accepted(target, config.build(target, lambda path: draft), [PROMPT, [2, 1, 2]], TOKENS, NODES)
+    rows = decode(target, config.build(target, lambda path: draft), [PROMPT, [2, 1, 2]], Settings(1 + TOKENS, budget=NODES))
+    chain = Shape(config, 7, 6, frozenset((0,) * depth for depth in range(1, 7)))
+    assert ledger.pace(chain).tokens == pytest.approx(2 * TOKENS / sum(len(row.accepted) for row in rows))
 
 
 def test_what_is_watched_is_plain_text(seed: int) -> None:

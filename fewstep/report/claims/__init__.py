@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fewstep.report.claims import length_extrapolation, mla_cache, mtp, spec_bench, speculative_sampling, typical_acceptance
+from fewstep.report.claims import (
+    hippo,
+    length_extrapolation,
+    mla_cache,
+    mtp,
+    selective_copying,
+    spec_bench,
+    speculative_sampling,
+    typical_acceptance,
+)
 from fewstep.report.claims.claim import Claim
 
 CLAIMS: Mapping[str, Claim] = MappingProxyType(
@@ -16,6 +25,8 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             typical_acceptance.CLAIM,
             mla_cache.CLAIM,
             length_extrapolation.CLAIM,
+            hippo.CLAIM,
+            selective_copying.CLAIM,
         )
     }
 )
