@@ -287,7 +287,7 @@ def made(name: str, count: int) -> tuple[Model, list[list[int]]]:
 
 
 def contestants(model: Model, name: str, peer: Peer, config: RaceConfig) -> list[Contestant]:
-    """Plain decoding of both sides and, on text, every drafter of ours and as many prompt lookups, of 2 tokens and more, of theirs.
+    """Plain decoding of both sides and, on text, every drafter of ours and as many prompt lookups, of 2 tokens up, of theirs.
 
     Sides alternate without exception: a process that idled while the other ran starts slower, which must meet all alike.
     """
