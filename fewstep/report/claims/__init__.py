@@ -8,7 +8,6 @@ from fewstep.report.claims import (
     length_extrapolation,
     mla_cache,
     mtp,
-    selective_copying,
     spec_bench,
     speculative_sampling,
     typical_acceptance,
@@ -26,7 +25,6 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             mla_cache.CLAIM,
             length_extrapolation.CLAIM,
             hippo.CLAIM,
-            selective_copying.CLAIM,
         )
     }
 )
