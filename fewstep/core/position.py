@@ -14,9 +14,9 @@ Shared = dict[Any, Any]
 
 NEEDS: Mapping[str, str] = MappingProxyType(  # what a mixer must have, by the part of an encoding that it honours
     {
-        "rotate": "queries and keys to turn",
-        "bias": "softmax scores to add to",
-        "value": "softmax weights that could add to the values",
+        "rotate": "queries and keys that an encoding may turn",
+        "bias": "softmax scores that an encoding may add to",
+        "value": "softmax weights that an encoding may add values by",
     }
 )
 
