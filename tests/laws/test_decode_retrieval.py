@@ -125,13 +125,24 @@ def begun(drafter: Retrieval, rows: list[list[int]]) -> Texts:
 
 def test_proposals_keep_to_budget_nodes_and_depth(tmp_path: Path) -> None:
     corpus_of([1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 6, 5, 1, 2, 3, 5, 5, 5], tmp_path)
-    drafter = RetrievalConfig(path=str(tmp_path), depth=3, nodes=6).build(TableModel(VOCAB, 0), lambda path: TableModel(VOCAB, 0))
+    config = RetrievalConfig(path=str(tmp_path), depth=3, nodes=6, trust=9)
+    drafter = config.build(TableModel(VOCAB, 0), lambda path: TableModel(VOCAB, 0))
     tree, _ = proposed(drafter, begun(drafter, [[0, 1, 2], [3, 0, 3], [1, 2], [0, 6]]), [3, 0, 3, 0], [16, 3, 1, 9])
     assert tree.tokens[0].tolist() == [3, 4, 5, 6, 5, 5, 5]  # 4 follows twice and comes first
     assert tree.parent[0].tolist() == [-1, 0, 1, 2, 0, 4, 5]
     assert tree.valid.sum(1).tolist() == [7, 3, 1, 4]
     assert tree.tokens[1, :3].tolist() == [0, 3, 0] and tree.q is None
     assert tree.tokens[3, :4].tolist() == [0, 6, 0, 6]  # not in the corpus: the text's own
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0, 2.0])
+def test_a_longer_ending_is_followed_further(trust: float) -> None:
+    drafter = RetrievalConfig(trust=trust).build(TableModel(20, 0), lambda path: TableModel(20, 0))
+    told = list(range(9))
+    for length in (1, 2, 3):
+        tree, _ = proposed(drafter, begun(drafter, [[*told, 10, *told[1:length]]]), [told[length]], [16])
+        follows = [*told[length + 1 :], 10, *told[1:]][: 1 + int(trust * length)]
+        assert tree.tokens[0].tolist() == [told[length], *follows]
 
 
 def test_forks_and_joins_go_on_as_rows_of_their_own(seed: int) -> None:

@@ -21,7 +21,8 @@ from fewstep.decode.drafters.trie import Trie, planted
 class RetrievalConfig(DrafterConfig):
     """Propose what followed the longest earlier occurrence of the text's ending, if that has at least `min_match` tokens.
 
-    Up to `depth` tokens are followed and `nodes` proposed. `path`: a directory written by `write_corpus` to look in too, "" for
+    Up to `depth` tokens are followed and `nodes` proposed, but no more than 1 + `trust` times the ending's length are followed:
+    the longer it is, the further what follows holds. `path`: a directory written by `write_corpus` to look in too, "" for
     none: where it knows an ending longer by `bias` tokens than the text itself does, the most frequent nodes of `occurrences`
     continuations come first.
     """
@@ -33,6 +34,7 @@ class RetrievalConfig(DrafterConfig):
     min_match: int = Field(default=1, ge=1)
     depth: int = Field(default=15, ge=1)
     nodes: int = Field(default=15, ge=1)
+    trust: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     path: str = ""
     bias: int = Field(default=3, ge=1)
     occurrences: int = Field(default=16, ge=1)
@@ -57,7 +59,8 @@ class Retrieval:
     The weight of a node is the number of occurrences that continue through it. Cost: no network; per row some 4 us for each new
     token, 50 us for a proposal and 60 us more with a corpus.
     Differs: SAM decoding keeps an automaton of the corpus, some hundred bytes per token, where this needs eight on disk; REST
-    searches for the text's ending length by length, where this finds the longest one at once, in an array sorted by pasts.
+    searches for the text's ending length by length, where this finds the longest one at once, in an array sorted by pasts; both
+    follow every match equally far.
     """
 
     taps: tuple[str, ...] = ()
@@ -92,15 +95,19 @@ class Retrieval:
             return trie
         length, end = text.match()
         if self.corpus is not None and length < self.corpus.header.reach:
-            _, continuations = self.corpus.lookup(
+            known, continuations = self.corpus.lookup(
                 text.text[-self.corpus.header.reach :],
                 least=max(config.min_match, length + config.bias),
                 depth=min(config.depth, size - 1),
                 occurrences=config.occurrences,
             )
             for tokens, count in continuations.items():
-                trie.insert(tokens, count)
+                trie.insert(tokens[: self._far(known)], count)
             trie = trie.best(size)
         if length >= config.min_match and len(trie.tokens) < size:
-            trie.insert(text.following(end, min(config.depth, size - 1)), size=size)
+            trie.insert(text.following(end, min(self._far(length), size - 1)), size=size)
         return trie
+
+    def _far(self, length: int) -> int:
+        """How many tokens to follow where an ending of `length` tokens is known."""
+        return min(self.config.depth, 1 + int(self.config.trust * length))
