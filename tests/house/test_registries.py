@@ -32,6 +32,7 @@ def small() -> TableModel:
 
 
 USES: Mapping[str, Callable[[Any], object]] = {  # how an entry of each registry is put to use
+    "BACKBONES": lambda config: config.build((2,) if config.kind == "points" else (1, 8, 8)),
     "BUDGETS": lambda config: config.progress(SimpleNamespace(steps=1, tokens=1, seconds=1.0)),
     "DATA": lambda config: next(config.documents()),
     "DRAFTERS": lambda config: config.build(small(), lambda path: small()),
