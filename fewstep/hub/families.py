@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Any, Literal, final
 
 from fewstep.core.recipe import Config, parse
-from fewstep.hub.rope import read_rope, write_rope
+from fewstep.hub.rope import Rotary, read_rope, write_rope
 from fewstep.hub.spelling import Key
 from fewstep.models.decoder import DecoderConfig
 from fewstep.nn.mixers.attention import AttentionConfig
-from fewstep.nn.position import RopeConfig
 
 Spelling = Key | bool | str  # a key of config.json, or what is always so in the family
 
@@ -155,7 +154,7 @@ def write_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
     """The config.json of `config` in the words of `family`. Raises ValueError if they do not say exactly this decoder."""
     config = explicit(config)
     mixers = config.mixers
-    if not all(isinstance(mixer, AttentionConfig) for mixer in mixers) or not isinstance(config.position, RopeConfig):
+    if not all(isinstance(mixer, AttentionConfig) for mixer in mixers) or not isinstance(config.position, Rotary):
         raise ValueError(f"{family.model_type} cannot say anything but attention with rotary positions")
     values: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     values |= _write(family.decoder, dict(config)) | _write(family.mixer, dict(mixers[0]))

@@ -15,10 +15,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.core.mixer import Causal, Context, State, Window
+from fewstep.core.position import NoPosition
 from fewstep.nn.ahead import Embed, HeadsConfig, MakeBlock
 from fewstep.nn.blocks import Block
 from fewstep.nn.masks import allowed
 from fewstep.nn.mixers.attention import Attention, AttentionState
+from fewstep.nn.position.encoding import per_head
 
 Unembed = Callable[[Tensor], Tensor]
 
@@ -142,7 +144,8 @@ class EagleNetwork(nn.Module):
             residual, x = self.opened(hidden[:, :count], embedded[:, step + 1 :])
             q, k, v = _project(mixer, x, here.positions + step)
             past = [(keys[:, :, :count], values[:, :, :count]) for keys, values in past] + [(k, v)]
-            mixed = _attend(q, past, allowed(mask, count, here.segments, tokens.device))
+            seen = allowed(mask, count, here.segments, tokens.device)
+            mixed = _attend(mixer.position, q, past, seen, here.positions)
             hidden = self.closed(residual, mixer.out(mixed.transpose(1, 2).flatten(2)))
             outputs.append(hidden)
         return outputs
@@ -263,16 +266,35 @@ def _project(mixer: Attention, x: Tensor, positions: Tensor) -> tuple[Tensor, Te
     return q, k, v
 
 
-def _attend(q: Tensor, past: list[tuple[Tensor, Tensor]], seen: Tensor) -> Tensor:
-    """q [B,H,T,E] over the first keys where `seen` [1 or B,1,T,T] and over the later ones at its own position: [B,H,T,E]."""
-    batch, heads, count, width = q.shape
-    groups = past[0][0].shape[1]
-    q = q.reshape(batch, groups, heads // groups, count, width) * width**-0.5
-    (keys, values), *own = [(k.unsqueeze(2), v.unsqueeze(2)) for k, v in past]
-    scores = [(q @ keys.mT).masked_fill(~seen.unsqueeze(1), float("-inf"))]
-    scores += [(q * key).sum(-1, keepdim=True) for key, _ in own]
-    weights = torch.cat(scores, -1).softmax(-1)
-    mixed = weights[..., :count] @ values
-    for step, (_, value) in enumerate(own):
-        mixed = mixed + weights[..., count + step, None] * value
-    return mixed.flatten(1, 2)
+def _attend(position: NoPosition, q: Tensor, past: list[tuple[Tensor, Tensor]], seen: Tensor, places: Tensor) -> Tensor:
+    """q [B,H,T,E] over the first keys where `seen` [1 or B,1,T,T] and over the later ones at its own place: [B,H,T,E].
+
+    The first keys stand at `places` [B,T], those of step j at `places` + j, and the queries where the last ones do.
+    """
+    batch, heads, count, _ = q.shape
+    (keys, values), *own = [(per_head(k, heads), per_head(v, heads)) for k, v in past]
+    now = places + len(own)
+    scores = _scores(position, q, keys, now, places).masked_fill(~seen, float("-inf"))
+    if not own:
+        return _mixed(position, scores.softmax(-1), values, now, places)
+    # a query and the keys of its own place are a row to the encoding
+    own_keys, own_values = (torch.stack(group, 3).transpose(1, 2).flatten(0, 1) for group in zip(*own, strict=True))
+    later = (places.unsqueeze(2) + torch.arange(1, len(own) + 1, device=q.device)).flatten(0, 1)
+    alone = _scores(position, q.transpose(1, 2).reshape(-1, heads, 1, q.shape[3]), own_keys, now.reshape(-1, 1), later)
+    weights = torch.cat([scores, alone.view(batch, count, heads, -1).transpose(1, 2)], -1).softmax(-1)
+    own_weights = weights[..., count:].transpose(1, 2).reshape(-1, heads, 1, len(own))
+    mixed = _mixed(position, own_weights, own_values, now.reshape(-1, 1), later)
+    first = _mixed(position, weights[..., :count], values, now, places)
+    return first + mixed.view(batch, count, heads, -1).transpose(1, 2)
+
+
+def _scores(position: NoPosition, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """[B,H,Q,K]."""
+    scores, bias = q @ k.mT * q.shape[-1] ** -0.5, position.bias(q, k, q_pos, k_pos)
+    return scores if bias is None else scores + bias
+
+
+def _mixed(position: NoPosition, weights: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """[B,H,Q,E]."""
+    y, added = weights @ v, position.value(weights, q_pos, k_pos)
+    return y if added is None else y + added

@@ -58,7 +58,7 @@ def offset(place: int, value: int) -> Callable[[Weights, dict[str, Any]], Any]:
             lambda w, v: w.update({"embed_tokens.weight": torch.ones(V, D)}),
             "embed_tokens.weight differs from the model's own",
         ),
-        ("eagle", give(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling"),
+        ("eagle", give(rope_scaling={"type": "longrope", "factor": 2.0}), "rope_scaling"),
         ("eagle3", give(target_hidden_size=32), "target_hidden_size=32: heads for another model"),
         ("eagle3", give(draft_vocab_size=99), "draft_vocab_size=99: the model has 23 tokens"),
         ("eagle3", give(draft_vocab_size=8), "lm_head.weight has shape|d2t has shape"),

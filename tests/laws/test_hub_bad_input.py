@@ -228,8 +228,8 @@ LLAMA3 = json.loads((DATA / "llama" / "config.json").read_text())["rope_paramete
 @pytest.mark.parametrize(
     ("rope", "mention"),
     (
-        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "default, linear, llama3"),
-        ({"rope_type": "dynamic", "factor": 2.0}, "default, linear, llama3"),
+        ({"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}, "default, linear, llama3"),
+        ({"rope_type": "proportional", "factor": 2.0}, "default, linear, llama3"),
         ({"full_attention": {"rope_type": "default"}}, "in all layers"),
         ({"rope_type": ["linear"]}, "default, linear, llama3"),
         ({"rope_type": "linear"}, "factor: missing"),

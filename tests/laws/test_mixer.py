@@ -131,8 +131,11 @@ def test_a_mixer_that_only_looks_both_ways_has_no_stepwise_form(kind: str) -> No
     subject = SUBJECTS[f"{kind}-rope"]()
     assert subject.modes and subject.modes <= {"causal", "bidirectional"}
     if "causal" not in subject.modes:
-        with pytest.raises(ValueError, match=r"."):
+        refusal = rf"^mixer='{kind}': [^\n]*; choose a causal mixer to decode$"
+        with pytest.raises(ValueError, match=refusal):
             subject.step(subject.inputs(1, 1), torch.tensor([[-1]]), torch.tensor([[0]]), None)
+        with pytest.raises(ValueError, match=refusal):
+            subject.start(1, 8)
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

@@ -27,6 +27,7 @@ from fewstep.report.matrix import TESTED, UNUSED, encoding_matrix, markdown
 MATRIX = encoding_matrix()
 CELLS = [f"{mixer} {encoding}" for encoding, row in MATRIX.items() for mixer, cell in row.items() if cell == TESTED]
 ATTENTION = [f"attention {encoding}" for encoding in POSITIONS]
+OTHERS = ["sparse alibi", "sparse shaw", "mla t5", "mla deberta", "diag_attention transformer_xl", "diag_attention shaw"]
 
 
 def subject_of(cell: str) -> Sublayer:
@@ -77,12 +78,12 @@ def test_positions_matter(cell: str) -> None:
     assert any(difference() > 1e-6 for _ in range(40))  # the weights of a squared ReLU may all be 0, about every other draw
 
 
-@pytest.mark.parametrize("cell", ATTENTION)
+@pytest.mark.parametrize("cell", [*ATTENTION, *OTHERS])
 def test_packed_texts_are_separate_and_padding_is_inert(cell: str) -> None:
     subject = subject_of(cell)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [0, -1, 1, 1, 1, 1, 2, -1]])
     x = subject.inputs(2, 8)
-    for mask in (Causal(), Full()):
+    for mask in (mask for mask in (Causal(), Full()) if type(mask) in subject.masks):
         together = subject.parallel(x, segments, mask)
         for row, segment in ((i, s) for i in range(2) for s in range(int(segments[i].max()) + 1)):
             own = segments[row] == segment
@@ -92,7 +93,7 @@ def test_packed_texts_are_separate_and_padding_is_inert(cell: str) -> None:
         torch.testing.assert_close(subject.parallel(noisy, segments, mask)[real], together[real], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in ATTENTION if cell.replace(" ", "-") not in SUBJECTS])
+@pytest.mark.parametrize("cell", [cell for cell in [*ATTENTION, *OTHERS] if cell.replace(" ", "-") not in SUBJECTS])
 def test_gradcheck(cell: str) -> None:
     """Of what has no place among the subjects of `test_mixer.py`; a cached call's gradients through its own state."""
     subject = subject_of(cell)
@@ -123,6 +124,15 @@ def test_what_a_mixer_lacks_is_named() -> None:
     assert type(fitted(None, "some_mixer", frozenset({"rotate"}))) is NoPosition
 
 
+def test_one_layer_that_lacks_what_an_encoding_needs_refuses_the_decoder() -> None:
+    with pytest.raises(
+        ValueError, match=r"^position='alibi': gau has no softmax scores [^\n]*; choose another encoding or mixer$"
+    ):
+        decoder(position=ENCODINGS["alibi"], mixers=(MIXERS["attention"](), MIXERS["gau"]()))
+    hybrid = decoder(position=ENCODINGS["alibi"], mixers=(MIXERS["attention"](), MIXERS["mamba2"]()))
+    assert hybrid.blocks[0].mixer.position is hybrid.position  # the layer that orders tokens by itself leaves it to the other
+
+
 def test_layers_share_an_encoding_or_have_their_own() -> None:
     shared, own = decoder(position=ENCODINGS["t5"]), decoder(position=ENCODINGS["shaw"])
     assert shared.blocks[0].mixer.position is shared.blocks[1].mixer.position is shared.position
@@ -133,8 +143,9 @@ def test_layers_share_an_encoding_or_have_their_own() -> None:
     assert sum(parameter.numel() for parameter in shared.parameters()) == counted + 8 * HEADS
 
 
-def test_positions_of_the_callers_own_are_refused_where_keys_are_scored_by_distance() -> None:
-    network = decoder(position=ENCODINGS["alibi"])
+@pytest.mark.parametrize("mixer", ["attention", "sparse", "mla"])
+def test_positions_of_the_callers_own_are_refused_where_keys_are_scored_by_distance(mixer: str) -> None:
+    network = decoder(position=ENCODINGS["alibi"], mixers=(MIXERS[mixer](),))
     tree = Tree(torch.randint(VOCAB, (2, 3)), torch.tensor([[-1, 0, 1], [-1, 0, -2]]))
     places = torch.tensor([[0, 1, 2], [0, 1, 77]])  # padding stands anywhere
     wanted = network.extend(tree, network.init_state(2, 8, device="cpu", dtype=torch.float64)).logits

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.core.mixer import Context
 from fewstep.nn.mixers.mla import MLA, MLAConfig
 from fewstep.nn.position import RopeConfig
-from fewstep.nn.position.alibi import AlibiConfig
+from fewstep.nn.position.shaw import ShawConfig
 from fewstep.report.claims import CLAIMS
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -97,8 +97,8 @@ def test_the_claim_about_the_cache() -> None:
 
 
 def test_what_it_cannot_honour_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^position='alibi': mla has no softmax scores [^\n]*$"):
-        CONFIG.build(width=WIDTH, heads=HEADS, position=AlibiConfig().build(head_width=4, heads=HEADS))
+    with pytest.raises(ValueError, match=r"^position='shaw': mla has no softmax weights [^\n]*$"):
+        CONFIG.build(width=WIDTH, heads=HEADS, position=ShawConfig().build(head_width=4, heads=HEADS))
     with pytest.raises(ValueError, match=r"^heads=5: must divide width=24; [^\n]*$"):
         MLAConfig().build(width=24, heads=5)
     MLAConfig(content_width=4, rotary_width=4, value_width=4).build(width=24, heads=5)

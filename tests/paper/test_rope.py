@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.core.mixer import Context
+from fewstep.nn.mixers.linear import LinearConfig
 from fewstep.nn.position import POSITIONS, RopeConfig
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -17,6 +19,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "llama3": {"base": 500000.0, "scaling": "llama3", "factor": 8.0},
     "llama3.2": {"base": 500000.0, "scaling": "llama3", "factor": 32.0},
     "llama3-short": {"scaling": "llama3", "factor": 2.0, "low_frequency": 2.0, "high_frequency": 3.0, "trained_length": 64},
+    "dynamic": {"scaling": "dynamic", "factor": 4.0, "trained_length": 10_000},  # and no further
 }
 SETTINGS = pytest.mark.parametrize("fields", SCALINGS.values(), ids=SCALINGS)
 
@@ -110,6 +113,35 @@ def test_low_precision_keeps_far_positions_apart() -> None:
     exact, low = rotated({}, x.double(), positions), rotated({}, x.bfloat16(), positions).double()
     assert (exact - low).abs().max() < 0.03
     assert (exact[:, :, 0] - exact[:, :, 1]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["rope", "rope_partial", "rope_2d", "yarn"])
+def test_linear_attention_turns_its_numerator_alone(kind: str) -> None:
+    """y_m = sum_n (R_m f(q_m)) (R_n f(k_n)) v_n / sum_n f(q_m) f(k_n) over n <= m, f = elu + 1 (eq. 19)."""
+    encoding: Any = POSITIONS[kind]().build(head_width=8)
+    mixer = LinearConfig(eps=1e-12).build(width=16, heads=2, position=encoding).double()
+    x, positions = torch.randn(1, 6, 16, dtype=torch.float64), torch.arange(3, 9)[None]
+    y = []
+    for head in range(2):
+        q, k, v = (x[0] @ mixer.qkv.weight[16 * part + 8 * head :][:8].T for part in range(3))
+        q, k = (torch.where(part > 0, part + 1, part.exp()) for part in (q, k))
+        turned_q, turned_k = encoding.rotate(q[None, None], k[None, None], positions, positions, {})
+        rows = []
+        for m in range(6):
+            above = sum((turned_q[0, 0, m] @ turned_k[0, 0, n]) * v[n] for n in range(m + 1))
+            rows.append(above / sum(q[m] @ k[n] for n in range(m + 1)))
+        y.append(torch.stack(rows))
+    got, _ = mixer(x, Context(positions))
+    torch.testing.assert_close(got[0], torch.cat(y, -1) @ mixer.out.weight.T, **TIGHT)
+
+
+def test_dynamic_scaling_ends_where_it_would_stretch() -> None:
+    x = torch.randn(1, 1, 1, 8)
+    rotated({"scaling": "dynamic", "trained_length": 64}, x, torch.tensor([[63]]))
+    with pytest.raises(
+        ValueError, match=r"^positions: 64 is beyond trained_length=64, [^\n]*; shorten the text or choose dynamic_ntk$"
+    ):
+        rotated({"scaling": "dynamic", "trained_length": 64}, x, torch.tensor([[64]]))
 
 
 def test_an_odd_width_is_refused() -> None:

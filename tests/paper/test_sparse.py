@@ -9,7 +9,6 @@ import torch
 from fewstep.core.mixer import Causal, Context, Full
 from fewstep.nn.mixers.patterns import BlocksConfig, FixedConfig, Pattern, StridedConfig, WindowConfig
 from fewstep.nn.mixers.sparse import SparseConfig, attend
-from fewstep.nn.position.alibi import AlibiConfig
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 Sees = Callable[[int, int], bool]
@@ -100,8 +99,6 @@ def test_packed_sequences_are_attended_apart() -> None:
     assert nothing.shape == x.shape and nothing.isfinite().all()
 
 
-def test_what_it_cannot_honour_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^position='alibi': sparse has no softmax scores [^\n]*$"):
-        SparseConfig().build(width=8, heads=2, position=AlibiConfig().build(head_width=4, heads=2))
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^heads=3: must divide width=8; [^\n]*$"):
         SparseConfig().build(width=8, heads=3)

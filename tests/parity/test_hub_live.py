@@ -15,7 +15,7 @@ from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.models.model import Model
 from fewstep.nn.heads import SequentialHeadsConfig
 from fewstep.nn.mixers.attention import AttentionConfig
-from fewstep.nn.position import RopeConfig
+from fewstep.nn.position import RopeConfig, YarnConfig
 
 pytestmark = pytest.mark.claims
 ALTERNATING = {
@@ -23,6 +23,8 @@ ALTERNATING = {
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 2.0}
 CASES = {
     **RECORDED,
     "llama, many heads, tied": Case("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -37,6 +39,13 @@ CASES = {
     "qwen2, alternating windows, llama3": Case("Qwen2", {**ALTERNATING, "rope_parameters": LLAMA3}),
     "qwen3, biases, tied": Case("Qwen3", {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 8}),
     "qwen3, alternating windows, linear": Case("Qwen3", {**ALTERNATING, "head_dim": 6, "rope_parameters": LINEAR}),
+    "llama, yarn": Case("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5}}),
+    "llama, dynamic": Case("Llama", {"rope_parameters": DYNAMIC}),
+    "mistral, dynamic": Case("Mistral", {"rope_parameters": DYNAMIC}),
+    "qwen2, yarn, alternating windows": Case("Qwen2", {**ALTERNATING, "rope_parameters": YARN}),
+    "qwen3, yarn of two scales": Case(
+        "Qwen3", {"head_dim": 10, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 2.0}}
+    ),
 }
 OWN = {
     "plain": (DecoderConfig(), "llama"),
@@ -44,6 +53,8 @@ OWN = {
     "biases": (DecoderConfig(mixers=(AttentionConfig(bias=True), AttentionConfig(bias=True, window=5)), tied=False), "qwen2"),
     "normed": (DecoderConfig(mixers=(AttentionConfig(qk_norm=True, head_width=10, kv_heads=2),), mlp_bias=False), "qwen3"),
     "stretched": (DecoderConfig(position=RopeConfig(scaling="llama3", factor=3.0, trained_length=16), mlp_bias=True), "llama"),
+    "yarn": (DecoderConfig(position=YarnConfig(base=300.0, factor=4.0, trained_length=16, fast=4.0, slow=0.5)), "llama"),
+    "dynamic": (DecoderConfig(position=RopeConfig(scaling="dynamic", factor=2.0, trained_length=64)), "llama"),
     "heads": (DecoderConfig(heads=(SequentialHeadsConfig(depth=2),)), "llama"),
 }
 
@@ -73,7 +84,14 @@ def test_what_transformers_writes(name: str, tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "scaling", ({"type": "linear", "factor": 2.0}, {key: LLAMA3[key] for key in LLAMA3 if key != "rope_theta"}, None)
+    "scaling",
+    (
+        {"type": "linear", "factor": 2.0},
+        {"type": "dynamic", "factor": 3.0},
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {key: LLAMA3[key] for key in LLAMA3 if key != "rope_theta"},
+        None,
+    ),
 )
 def test_the_older_spelling_of_positions(scaling: dict | None, tmp_path: Path, seed: int) -> None:
     checkpoint(Case("Llama"), tmp_path, seed)

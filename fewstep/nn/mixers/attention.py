@@ -16,6 +16,8 @@ from fewstep.core.position import NoPosition, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import kernels
 from fewstep.nn.masks import allowed
+from fewstep.nn.mixers.placed import cached_places, own_places, placed_attention
+from fewstep.nn.mixers.scores import additive
 from fewstep.nn.slots import Slots
 
 
@@ -25,6 +27,7 @@ class AttentionConfig(Config):
 
     kind: ClassVar[str] = "attention"
     source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762; GQA arXiv 2305.13245; query-key norm arXiv 2302.05442"
+    claims: ClassVar[tuple[str, ...]] = ("recall", "flash-memory")
 
     kv_heads: int | None = Field(default=None, ge=1)
     head_width: int | None = Field(default=None, ge=1)
@@ -145,21 +148,22 @@ class Attention(nn.Module):
         k, v = kv.split(self.kv_heads, 1)
         mask = self._mask(ctx)
         if self._biased:
-            return self._attend_placed(q, k, v, _seen(mask, x, ctx), _own_places(ctx)), {}
+            y = placed_attention(self.position, q, k, v, _seen(mask, x, ctx), own_places(ctx))
+            return self.out(y.transpose(1, 2).flatten(2)), {}
         if isinstance(mask, Causal) and ctx.segments is None:
             return self._attend(q, k, v, None, causal=True), {}
         if isinstance(mask, Full) and ctx.segments is None:
             return self._attend(q, k, v, None), {}
         key = ("attention", mask if isinstance(mask, Window) else type(mask))
         if key not in ctx.shared:
-            ctx.shared[key] = _additive(allowed(mask, x.shape[1], ctx.segments, x.device), q.dtype)
+            ctx.shared[key] = additive(allowed(mask, x.shape[1], ctx.segments, x.device), q.dtype)
         return self._attend(q, k, v, ctx.shared[key]), {}
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         window, count = self._window(ctx), x.shape[1]
         state = state.reserve(ctx.parent, count)
         slots = state.slots
-        places = _cached_places(ctx, slots, count) if self._biased else None
+        places = cached_places(ctx, slots, count) if self._biased else None
         q, kv = self._project(x, slots.index[:, -count:] if ctx.positions is None else ctx.positions, ctx)
         state = state.write(kv)
         k, v = state.cache[:, :, : slots.end].split(self.kv_heads, 1)
@@ -168,14 +172,15 @@ class Attention(nn.Module):
             if key not in ctx.shared:
                 ctx.shared[key] = slots.visible(count, window)
             if places is not None:
-                return self._attend_placed(q, k, v, ctx.shared[key], places), state
+                y = placed_attention(self.position, q, k, v, ctx.shared[key], places)
+                return self.out(y.transpose(1, 2).flatten(2)), state
             return self.out(kernels.attend(q, k, v, ctx.shared[key])), state
         if slots.base == 0 and count == slots.end and slots.chain and window is None:
             return self._attend(q, k, v, None, causal=True), state
         key = ("attention", window, "additive")
         if key not in ctx.shared:
             visible = slots.visible(count, window)
-            ctx.shared[key] = None if visible is None else _additive(visible, q.dtype)
+            ctx.shared[key] = None if visible is None else additive(visible, q.dtype)
         return self._attend(q, k, v, ctx.shared[key]), state
 
     def _window(self, ctx: Context) -> int | None:
@@ -208,23 +213,6 @@ class Attention(nn.Module):
         y = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _attend_placed(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, places: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention over the keys `seen` [B or 1,1,Q,K] (None: all) with what the encoding adds for `places`, which are the
-        positions of queries [B or 1,Q] and keys [B or 1,K]."""
-        bias = self.position.bias(q, k, *places)
-        if bias is not None:
-            bias = bias.to(q.dtype) if seen is None else bias.to(q.dtype).masked_fill(~seen, float("-inf"))
-        elif seen is not None:
-            bias = _additive(seen, q.dtype)
-        if "value" not in self.position.parts:
-            return self._attend(q, k, v, bias)
-        k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
-        scores = q @ k.mT * self.head_width**-0.5
-        weights = (scores if bias is None else scores + bias).softmax(-1)
-        y = weights @ v
-        added = self.position.value(weights, *places)
-        return self.out((y if added is None else y + added).transpose(1, 2).flatten(2))
-
 
 def _seen(mask: object, x: Tensor, ctx: Context) -> Tensor | None:
     """[1 or B,1,T,T] bool: which keys each query of a parallel pass sees; None: all."""
@@ -235,45 +223,3 @@ def _seen(mask: object, x: Tensor, ctx: Context) -> Tensor | None:
         ctx.shared[key] = allowed(mask, x.shape[1], ctx.segments, x.device)
     seen: Tensor = ctx.shared[key]
     return seen
-
-
-def _own_places(ctx: Context) -> tuple[Tensor, Tensor]:
-    """The positions of queries and keys of a parallel pass: one row where all rows have the same."""
-    key = ("attention", "places")
-    if key not in ctx.shared:
-        assert ctx.positions is not None, "a parallel pass has no state to count positions"
-        first = ctx.positions[:1]
-        places = first if torch.equal(first.expand_as(ctx.positions), ctx.positions) else ctx.positions
-        ctx.shared[key] = places, places
-    both: tuple[Tensor, Tensor] = ctx.shared[key]
-    return both
-
-
-def _cached_places(ctx: Context, slots: Slots, count: int) -> tuple[Tensor, Tensor]:
-    """The positions of the last `count` pending nodes and of all slots: one row where all rows have the same.
-
-    Raises ValueError for positions of the caller's own: those of the cached keys are not kept, for they are their slots.
-    """
-    key = ("attention", "places")
-    if key not in ctx.shared:
-        if ctx.positions is not None and not _are_counted(ctx.positions, slots, count):
-            raise ValueError("positions: not those that the cache counts, which scores by distance need; leave them out")
-        index = slots.index
-        if slots.uniform and slots.chain:
-            index = index[:1]
-        committed = torch.arange(slots.base, device=index.device).expand(index.shape[0], -1)
-        ctx.shared[key] = index[:, -count:], torch.cat([committed, index], 1)
-    both: tuple[Tensor, Tensor] = ctx.shared[key]
-    return both
-
-
-def _are_counted(positions: Tensor, slots: Slots, count: int) -> bool:
-    """Whether `positions` are what the table counts for its last `count` nodes; padding may stand anywhere."""
-    if positions.ndim != 2:
-        return False
-    same = positions == slots.index[:, -count:]
-    return bool((same if slots.parent is None else same | (slots.parent[:, -count:] == -2)).all())
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -7,11 +7,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import elu
 
-from fewstep.core.position import NoPosition
+from fewstep.core.position import NoPosition, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import decay
-from fewstep.nn.position import Rope
-from fewstep.nn.recurrent import Carry, Inputs, Links, Recurrent, even_heads, refuse_encoding, wide
+from fewstep.nn.recurrent import Carry, Inputs, Links, Recurrent, even_heads, wide
 
 
 @final
@@ -20,6 +19,7 @@ class LinearConfig(Config):
 
     kind: ClassVar[str] = "linear"
     source: ClassVar[str] = "Katharopoulos et al. 2020, arXiv 2006.16236"
+    claims: ClassVar[tuple[str, ...]] = ("linear-cost", "recurrent-speculation")
 
     eps: float = Field(default=1e-6, gt=0)
 
@@ -27,7 +27,7 @@ class LinearConfig(Config):
         return heads, even_heads(width, heads)
 
     def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "LinearAttention":
-        return LinearAttention(self, width, heads, position or NoPosition())
+        return LinearAttention(self, width, heads, position)
 
 
 @final
@@ -38,10 +38,11 @@ class LinearAttention(Recurrent):
     2021, arXiv 2104.09864, eq. 19).
     """
 
-    def __init__(self, config: LinearConfig, width: int, heads: int, position: NoPosition) -> None:
+    encodings = frozenset({"rotate"})
+
+    def __init__(self, config: LinearConfig, width: int, heads: int, position: NoPosition | None) -> None:
         super().__init__()
-        refuse_encoding(config.kind, position, NoPosition, Rope)
-        self.config, self.heads, self.position = config, heads, position
+        self.config, self.heads, self.position = config, heads, fitted(position, config.kind, self.encodings)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 

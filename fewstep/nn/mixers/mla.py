@@ -16,7 +16,8 @@ from fewstep.core.position import NoPosition, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import kernels
 from fewstep.nn.mixers.attention import AttentionState, few
-from fewstep.nn.mixers.scores import cached_bias, cached_visible, cached_window, check_mask, parallel_bias
+from fewstep.nn.mixers.placed import Places, cached_places, own_places, placed_scores
+from fewstep.nn.mixers.scores import cached_bias, cached_visible, cached_window, check_mask, parallel_bias, parallel_seen
 from fewstep.nn.slots import Slots
 
 
@@ -48,7 +49,7 @@ class MLAConfig(Config):
         return 1, self.rotary_width or width // heads
 
     def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "MLA":
-        return MLA(self, width, heads, position or NoPosition())
+        return MLA(self, width, heads, position)
 
 
 @final
@@ -59,15 +60,15 @@ class MLA(nn.Module):
     Cost: materialised 2 T^2 H (n + r + e) and the projections; a cached token over S others 2 H S (2 c + r), without touching
     keys or values. Source: arXiv 2405.04434, section 2.1 and appendix C.
     Differs: rotary pairs lie as the encoding has them (in DeepSeek's weights they are adjacent); without one, keys share k_r
-    unturned.
+    unturned; encodings that bias the scores see q_r and k_r for queries and keys.
     `ctx.shared` keys: those of `scores`.
     """
 
     modes = frozenset({"causal", "bidirectional"})
     masks = frozenset({Causal, Window, Full, Dense})
-    encodings = frozenset({"rotate"})
+    encodings = frozenset({"rotate", "bias"})
 
-    def __init__(self, config: MLAConfig, width: int, heads: int, position: NoPosition) -> None:
+    def __init__(self, config: MLAConfig, width: int, heads: int, position: NoPosition | None) -> None:
         super().__init__()
         self.config, self.heads = config, heads
         self.position = fitted(position, config.kind, self.encodings)
@@ -98,6 +99,8 @@ class MLA(nn.Module):
         assert ctx.positions is not None, "a parallel pass has no state to count positions"
         check_mask(self.config.kind, ctx.mask, self.masks)
         q, cache = self.project(x, ctx.positions, ctx)
+        if "bias" in self.position.parts:
+            return self.out(self.materialised(q, cache, self._added(q, cache, parallel_seen(ctx, x), own_places(ctx)))), {}
         if isinstance(ctx.mask, Causal | Full) and ctx.segments is None:
             return self.out(self.materialised(q, cache, None, causal=isinstance(ctx.mask, Causal))), {}
         return self.out(self.materialised(q, cache, parallel_bias(ctx, q))), {}
@@ -106,9 +109,14 @@ class MLA(nn.Module):
         window, count = cached_window(ctx.mask), x.shape[1]
         state = state.reserve(ctx.parent, count)
         slots = state.slots
+        places = cached_places(ctx, slots, count) if "bias" in self.position.parts else None
         q, new = self.project(x, slots.index[:, -count:] if ctx.positions is None else ctx.positions, ctx)
         state = state.write(new)
         cache = state.cache[:, :, : slots.end]
+        if places is not None:
+            added = self._added(q, cache, cached_visible(ctx, slots, count, window), places)
+            form = self.absorbed if slots.base and self.absorbs(count) else self.materialised
+            return self.out(form(q, cache, added)), state
         if few(q, count) or (slots.base and self.absorbs(count)):
             return self.out(self.absorbed(q, cache, cached_visible(ctx, slots, count, window))), state
         if slots.base == 0 and count == slots.end and slots.chain and window is None:
@@ -140,19 +148,27 @@ class MLA(nn.Module):
         y = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=self.scale)
         return y[..., : self.value].transpose(1, 2).flatten(2)
 
-    def absorbed(self, q: Tensor, cache: Tensor, visible: Tensor | None) -> Tensor:
+    def absorbed(self, q: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
         """The same, each latent serving as key and value of all heads: q' = W_UK q before, W_UV after the weighted sum.
 
-        `visible` [B,1,T,S] bool; None: every token.
+        `mask` [B or 1,H or 1,T,S]: bool, the tokens that are seen, or numbers added to the scores; None: every token is seen.
         """
         keys, values = self.kv_up.unflatten(0, (self.heads, -1)).split([self.content, self.value], 1)
         content, turned = q.split([self.content, self.rotary], -1)
         q = torch.cat([_by_head(content, keys), turned], -1)
-        if few(q, q.shape[2]):
-            y = kernels.attend(q, cache, cache, visible, scale=self.scale).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if few(q, q.shape[2]) and (mask is None or mask.dtype == torch.bool):
+            y = kernels.attend(q, cache, cache, mask, scale=self.scale).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         else:
-            y = scaled_dot_product_attention(q, cache, cache, attn_mask=visible, scale=self.scale, enable_gqa=True)
+            y = scaled_dot_product_attention(q, cache, cache, attn_mask=mask, scale=self.scale, enable_gqa=True)
         return _by_head(y[..., : self.latent], values.mT).transpose(1, 2).flatten(2)
+
+    def _added(self, q: Tensor, cache: Tensor, seen: Tensor | None, places: Places) -> Tensor | None:
+        """What an encoding that biases adds to the scores, with -inf where a key is not `seen` [B or 1,1,T,S].
+
+        It reads the turned parts; the queries are such that its 1 / sqrt(r) becomes the 1 / sqrt(n + r) of all scores.
+        """
+        q_turn, k_turn = q[..., self.content :] * (self.rotary**0.5 * self.scale), cache[..., self.latent :]
+        return placed_scores(self.position, q_turn, k_turn, seen, places)
 
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from fewstep.core.position import NoPosition
+from fewstep.core.position import NoPosition, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import decay
-from fewstep.nn.position import Rope
-from fewstep.nn.recurrent import Carry, Inputs, Links, Recurrent, even_heads, refuse_encoding, wide
+from fewstep.nn.recurrent import Carry, Inputs, Links, Recurrent, even_heads, wide
 
 
 @final
@@ -27,7 +26,7 @@ class RetNetConfig(Config):
         return heads, even_heads(width, heads)
 
     def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "Retention":
-        return Retention(self, width, heads, position or NoPosition())
+        return Retention(self, width, heads, position)
 
 
 @final
@@ -38,10 +37,11 @@ class Retention(Recurrent):
     later code; xPos's growth along the sequence is the decay itself.
     """
 
-    def __init__(self, config: RetNetConfig, width: int, heads: int, position: NoPosition) -> None:
+    encodings = frozenset({"rotate"})
+
+    def __init__(self, config: RetNetConfig, width: int, heads: int, position: NoPosition | None) -> None:
         super().__init__()
-        refuse_encoding(config.kind, position, NoPosition, Rope)
-        self.config, self.heads, self.position = config, heads, position
+        self.config, self.heads, self.position = config, heads, fitted(position, config.kind, self.encodings)
         self.qkvg = nn.Linear(width, 4 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         fading = torch.log1p(-(2.0 ** -(5 + torch.arange(heads, dtype=torch.float64))))

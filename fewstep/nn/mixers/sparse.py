@@ -1,8 +1,9 @@
 """Softmax attention in which a token sees the few others that a pattern of places lets it see.
 
-This file knows patterns by their contract and no position encoding but its own.
+This file knows patterns and position encodings by their contracts.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -16,6 +17,7 @@ from fewstep.nn import kernels
 from fewstep.nn.mixers.attention import AttentionState, few
 from fewstep.nn.mixers.packing import apart
 from fewstep.nn.mixers.patterns import PATTERNS, Pattern, Piece, StridedConfig
+from fewstep.nn.mixers.placed import cached_places, placed_attention
 from fewstep.nn.mixers.scores import additive, cached_window, check_mask
 from fewstep.nn.recurrent import even_heads
 from fewstep.nn.slots import Slots
@@ -36,7 +38,7 @@ class SparseConfig(Config):
         return heads, even_heads(width, heads)
 
     def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "Sparse":
-        return Sparse(self, width, heads, position or NoPosition())
+        return Sparse(self, width, heads, position)
 
 
 @final
@@ -53,12 +55,13 @@ class Sparse(nn.Module):
 
     modes = frozenset({"causal", "bidirectional"})
     masks = frozenset({Causal, Full})
-    encodings = frozenset({"rotate"})
+    encodings = frozenset({"rotate", "bias", "value"})
 
-    def __init__(self, config: SparseConfig, width: int, heads: int, position: NoPosition) -> None:
+    def __init__(self, config: SparseConfig, width: int, heads: int, position: NoPosition | None) -> None:
         super().__init__()
         self.config, self.heads = config, heads
         self.position = fitted(position, config.kind, self.encodings)
+        self._biased = not self.position.parts.isdisjoint({"bias", "value"})
         self.head_width = config.widths(width, heads)[1]
         self.pattern: Pattern = config.pattern
         self.qkv = nn.Linear(width, 3 * width, bias=config.bias)
@@ -78,7 +81,7 @@ class Sparse(nn.Module):
             # tables of rotations are made anew where sequences are taken apart: they belong to other tokens
             within = Context(positions, shared=ctx.shared if ctx.segments is None else {})
             q, k, v = self._turn(features, positions, within).chunk(3, 1)
-            return self._attend(q, k, v, causal, ctx)
+            return self._attend(q, k, v, positions, causal, ctx)
 
         return self.out(apart(form, self.qkv(x), ctx.positions, ctx.segments, exact=not causal)), {}
 
@@ -88,14 +91,19 @@ class Sparse(nn.Module):
         count = x.shape[1]
         state = state.reserve(ctx.parent, count)
         slots = state.slots
+        places = cached_places(ctx, slots, count) if self._biased else None
         positions = slots.index[:, -count:] if ctx.positions is None else ctx.positions
         q, kv = self._turn(self.qkv(x), positions, ctx).split([self.heads, 2 * self.heads], 1)
         state = state.write(kv)
         k, v = state.cache[:, :, : slots.end].chunk(2, 1)
-        if not few(q, count) and slots.base == 0 and count == slots.end and slots.chain:
-            return self.out(self._attend(q, k, v, True, ctx)), state
+        kernel = places is None and few(q, count)
+        if not kernel and slots.base == 0 and count == slots.end and slots.chain:
+            return self.out(self._attend(q, k, v, positions, True, ctx)), state
         visible = self._visible(ctx, slots, count)
-        if few(q, count):
+        if places is not None:
+            y = placed_attention(self.position, q, k, v, visible, places)
+            return self.out(y.transpose(1, 2).flatten(2)), state
+        if kernel:
             return self.out(kernels.attend(q, k, v, visible)), state
         y = scaled_dot_product_attention(q, k, v, attn_mask=additive(visible, q.dtype))
         return self.out(y.transpose(1, 2).flatten(2)), state
@@ -118,23 +126,60 @@ class Sparse(nn.Module):
         found: Tensor = ctx.shared[key]
         return found
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, ctx: Context) -> Tensor:
-        """[B,T,D] over one sequence a row; q, k, v [B,H,T,E]."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, causal: bool, ctx: Context) -> Tensor:
+        """[B,T,D] over one sequence a row; q, k, v [B,H,T,E] at `positions` [B,T]."""
         key = ("sparse", self.pattern, q.shape[2], causal)
         if key not in ctx.shared:
             ctx.shared[key] = self.pattern.pieces(q.shape[2], causal, q.device)
         pieces: tuple[Piece, ...] = ctx.shared[key]
-        return attend(q, k, v, pieces).transpose(1, 2).flatten(2)
+        placed = _Placed(self.position, positions) if self._biased else None
+        return attend(q, k, v, pieces, placed).transpose(1, 2).flatten(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Piece, ...]) -> Tensor:
+@final
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """A position encoding and the `positions` [B,T] of tokens: what it adds to a piece, whose groups are rows to it."""
+
+    encoding: NoPosition
+    positions: Tensor
+
+    def bias(self, piece: Piece, q: Tensor, k: Tensor) -> Tensor | None:
+        """[B,H,G,M,N] for q, k [B,H,T,E]."""
+        bias = self.encoding.bias(_rows(piece.pick_queries(q)), _rows(piece.pick_keys(k)), *self._places(piece))
+        return None if bias is None else bias.unflatten(0, (len(q), -1)).transpose(1, 2).to(q.dtype)
+
+    def value(self, piece: Piece, weights: Tensor) -> Tensor | None:
+        """[B,H,G,M,E] for `weights` [B,H,G,M,N]."""
+        value = self.encoding.value(_rows(weights), *self._places(piece))
+        return None if value is None else value.unflatten(0, (len(weights), -1)).transpose(1, 2)
+
+    def _places(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """The positions of the queries [B G,M] and of the keys [B G,N]."""
+        places = self.positions.unsqueeze(1)
+        return _rows(piece.pick_queries(places)).squeeze(1), _rows(piece.pick_keys(places)).squeeze(1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B,H,G,...] -> [B G,H,...]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Piece, ...], placed: _Placed | None = None) -> Tensor:
     """[B,H,T,E] softmax attention over the pairs of tokens in `pieces`. Every query must see a key in one of them."""
-    q = q * q.shape[-1] ** -0.5
-    scores = []
+    scaled, scores = q * q.shape[-1] ** -0.5, []
     for piece in pieces:
-        found = piece.pick_queries(q) @ piece.pick_keys(k).mT
+        found = piece.pick_queries(scaled) @ piece.pick_keys(k).mT
+        if placed is not None and (bias := placed.bias(piece, q, k)) is not None:
+            found = found + bias
         scores.append(piece.restore(found.masked_fill(~piece.allowed, -torch.inf)))
     sizes = [piece.keys.shape[1] for piece in pieces]
     weights = torch.cat(scores, -1).softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype).split(sizes, -1)
-    parts = [p.restore(p.pick_queries(w) @ p.pick_keys(v)) for p, w in zip(pieces, weights, strict=True)]
+    parts = []
+    for piece, held in zip(pieces, weights, strict=True):
+        grouped = piece.pick_queries(held)
+        y = grouped @ piece.pick_keys(v)
+        if placed is not None and (value := placed.value(piece, grouped)) is not None:
+            y = y + value
+        parts.append(piece.restore(y))
     return torch.stack(parts).sum(0)

@@ -27,6 +27,11 @@ class RotaryConfig(EncodingConfig):
         """What cos and sin are multiplied by; scores grow with its square."""
         return 1.0
 
+    @property
+    def length(self) -> int | None:
+        """Positions end before it, where the frequencies hold no longer; None: anywhere."""
+        return None
+
     def build(self, *, head_width: int, width: int | None = None, heads: int = 1) -> "Rope":
         if head_width % 2:
             raise ValueError(f"head_width={head_width}: rope turns pairs of channels; choose an even width")
@@ -43,14 +48,15 @@ def powers(base: float, width: int, device: torch.device, dtype: torch.dtype) ->
 class RopeConfig(RotaryConfig):
     """Rotary position embedding; `scaling` stretches the context of a trained model by `factor`.
 
-    `linear` is position interpolation: every position is divided by the factor.
+    `linear` is position interpolation: every position is divided by the factor. `dynamic` stretches nothing before
+    `trained_length`, and what is beyond is refused: there the keys of a text depend on its length (see `dynamic_ntk`).
     """
 
     kind: ClassVar[str] = "rope"
     source: ClassVar[str] = "Su et al. 2021, arXiv 2104.09864; position interpolation arXiv 2306.15595"
     claims: ClassVar[tuple[str, ...]] = ("length-extrapolation",)
 
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "dynamic"] = "none"
     factor: float = Field(default=1.0, ge=1)
     low_frequency: float = Field(default=1.0, gt=0)
     high_frequency: float = Field(default=4.0, gt=0)
@@ -61,6 +67,10 @@ class RopeConfig(RotaryConfig):
         if self.low_frequency >= self.high_frequency:
             raise ValueError(f"low_frequency={self.low_frequency}: must be below high_frequency={self.high_frequency}; lower it")
         return self
+
+    @property
+    def length(self) -> int | None:
+        return self.trained_length if self.scaling == "dynamic" else None
 
     def frequencies(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         frequency = powers(self.base, width, device, dtype)
@@ -86,7 +96,7 @@ class Rope(NoPosition):
 
     def __init__(self, config: RotaryConfig, head_width: int) -> None:
         super().__init__()
-        self.kind = config.kind
+        self.kind, self.length = config.kind, config.length
         self.config = config
         self.head_width = head_width
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -115,12 +125,19 @@ class Rope(NoPosition):
 
     def rotate(self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         if k_pos is not q_pos:
-            return turn(q, *self.table(q_pos, q.dtype)), turn(k, *self.table(k_pos, k.dtype))
+            return turn(q, *self.table(self._held(q_pos), q.dtype)), turn(k, *self.table(self._held(k_pos), k.dtype))
         key = ("rope", self.config, self.head_width)
         if key not in shared:
-            shared[key] = self.table(q_pos, q.dtype)
+            shared[key] = self.table(self._held(q_pos), q.dtype)
         table: tuple[Tensor, Tensor] = shared[key]
         return turn(q, *table), turn(k, *table)
+
+    def _held(self, positions: Tensor) -> Tensor:
+        """`positions`. Raises ValueError if one is not before `length`."""
+        if self.length is not None and (last := int(positions.max())) >= self.length:
+            found = f"positions: {last} is beyond trained_length={self.length}, where dynamic scaling sets in"
+            raise ValueError(f"{found}; shorten the text or choose dynamic_ntk")
+        return positions
 
 
 def tables(angles: Tensor, dtype: torch.dtype, amplitude: float = 1.0) -> tuple[Tensor, Tensor]:
