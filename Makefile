@@ -37,8 +37,9 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m mypy
 
 # Everything that needs large samples, live peers or an idle machine.
-claims: $(VENV)/.installed-dev $(VENV)/.installed-peers
+claims: $(VENV)/.installed-dev $(VENV)/.installed-peers $(VENV)/.installed-gpu
 	$(RUN) -m pytest -m claims
+	$(RUN) -m pytest tests/laws/test_triton.py
 	$(VENV)/bin/fewstep reproduce --all
 	set -e; for script in benchmarks/*.py; do $(RUN) $$script; done
 

@@ -1,4 +1,4 @@
-"""Times the selective scan forward and backward against Mamba's reference scan and transformers', whole mixers, and decode steps.
+"""Times the selective scan and RWKV-4's mean, forward and backward, against loops over tokens and transformers; decode steps.
 
     python benchmarks/scan.py [--threads 1] [--length 2048] [--width 128] [--rounds 3] [--out runs/scan.json]
 
@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.core.mixer import Context
-from fewstep.nn.kernels import selective_scan
+from fewstep.nn.kernels import selective_scan, wkv, wkv_empty
 from fewstep.nn.kernels.kernel import default_kernel
 from fewstep.nn.kernels.scan import selective_blocks
+from fewstep.nn.kernels.wkv import wkv_blocks
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.mamba import MambaConfig
 
+RECURRENT = ("mamba", "mamba2", "lru", "s4d", "s4", "rwkv4", "rwkv6", "rwkv7", "retnet", "linear", "gated_deltanet")
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # u, delta [B,T,D], A [N,D], B, C [B,T,N] -> y
 
 
@@ -113,6 +115,43 @@ def race_scans(length: int, width: int, states: int, rounds: int) -> dict[str, A
     return seconds_of(quick, 3 * rounds) | seconds_of(slow, rounds)
 
 
+def race_means(length: int, width: int, rounds: int) -> dict[str, Any]:
+    """Forward and backward of RWKV-4's weighted mean, for one sequence: the kernel, its twin and the loop over tokens."""
+    inputs = (*torch.randn(2, 1, length, width).unbind(), 0.1 + torch.rand(width), torch.randn(width))
+    weight = torch.randn(1, length, width)
+
+    def loop(k: Tensor, v: Tensor, fading: Tensor, bonus: Tensor) -> Tensor:
+        above, below, most = wkv_empty(1, width, k)
+        outputs = []
+        for key, value in zip(k.unbind(1), v.unbind(1), strict=True):
+            top = torch.maximum(most, bonus + key)
+            past, own = (most - top).exp(), (bonus + key - top).exp()
+            outputs.append((past * above + own * value) / (past * below + own))
+            top = torch.maximum(most - fading, key)
+            past, own = (most - fading - top).exp(), (key - top).exp()
+            above, below, most = past * above + own * value, past * below + own, top
+        return torch.stack(outputs, 1)
+
+    def call(mean: Callable[..., Tensor]) -> Callable[[], object]:
+        def run() -> object:
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            return torch.autograd.grad((mean(*leaves) * weight).sum(), leaves)
+
+        return run
+
+    contestants: dict[str, Callable[..., Tensor]] = {
+        "fewstep": lambda *x: wkv(*x, wkv_empty(1, width, x[0]))[0],
+        "fewstep, PyTorch": lambda *x: wkv_blocks(*x, wkv_empty(1, width, x[0]), None)[0],
+        "loop": loop,
+    }
+    expected = loop(*inputs)
+    for mean in contestants.values():
+        torch.testing.assert_close(mean(*inputs), expected, rtol=1e-3, atol=1e-4)
+    calls = {name: call(mean) for name, mean in contestants.items()}
+    seconds_of(calls, 1)
+    return seconds_of(calls, rounds)
+
+
 def race_mixers(length: int, width: int, rounds: int) -> dict[str, Any]:
     """Forward and backward of the whole mixer, for one sequence, beside that of transformers with its slow path."""
     from transformers import MambaConfig as TheirConfig
@@ -134,10 +173,10 @@ def race_mixers(length: int, width: int, rounds: int) -> dict[str, Any]:
     return seconds_of(calls, rounds)
 
 
-def decode_steps(width: int, lengths: tuple[int, ...] = (16, 256, 4096)) -> dict[str, dict[int, float]]:
+def decode_steps(width: int, lengths: tuple[int, ...] = (128, 1024, 8192)) -> dict[str, dict[int, float]]:
     """Median microseconds of a decode step, one token in and committed, behind so many tokens."""
     found: dict[str, dict[int, float]] = {}
-    for kind in ("mamba", "lru", "s4d", "s4", "attention"):
+    for kind in (*RECURRENT, "attention"):  # attention, whose steps grow, is there to compare
         found[kind] = {}
         module = MIXERS[kind]().build(width=width, heads=4)
         path, keep = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
@@ -178,6 +217,7 @@ def main() -> None:
             f"decode step {name:10}" + "".join(f"  {length:5} tokens: {us:7.0f} us" for length, us in times.items()), flush=True
         )
     races = {
+        "wkv": lambda: race_means(options.length, 6 * options.width, options.rounds),
         "scan": lambda: race_scans(options.length, options.width, options.states, options.rounds),
         "mixer": lambda: race_mixers(options.length, options.width, options.rounds),
     }

@@ -11,6 +11,8 @@ os.environ["FEWSTEP_SEED"] = os.environ.get("FEWSTEP_SEED") or str(secrets.randb
 RUN_SEED = int(os.environ["FEWSTEP_SEED"])
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # its kernels run on the CPU, in Python
 
 
 @pytest.fixture

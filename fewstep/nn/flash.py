@@ -1,8 +1,8 @@
-"""FlashAttention in PyTorch's operators: attention tile by tile with an online softmax, so that memory is linear in the lengths.
+"""FlashAttention: attention tile by tile with an online softmax, so that memory is linear in the lengths.
 
 It takes what PyTorch's fused kernel does not on a CPU: a learned bias, packed sequences, values of another width than keys; and
-it gives the logarithms of the softmax's sums, with which parts over different keys are merged. It is what compiled kernels are
-held against and what stands in for them. This file knows no mixer.
+it gives the logarithms of the softmax's sums, with which parts over different keys are merged. Float32 and bfloat16 on the CPU
+are the compiled kernel's; its twin in PyTorch's operators, here, takes anything else. This file knows no mixer.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fewstep.nn.kernels.flash import flash, takes
+from fewstep.nn.triton import fused
 
 Segments = Tensor | tuple[Tensor, Tensor]
 
@@ -37,20 +40,40 @@ def flash_attention(
         segments: [B,T] where T = S, or a pair [B,T], [B,S]: tokens of different segments do not see each other, -1 is padding.
         causal: a query sees no later key, the last query being level with the last key.
         scale: default 1 / sqrt(E).
-        block: queries and keys of a tile.
+        block: queries and keys of a tile of the twin.
 
     Returns: [B,H,T,F] in q's dtype and [B,H,T] in float32 or wider; zeros and -inf for a query that sees no key.
 
     Raises: ValueError for shapes that do not fit.
 
     Cost: 2 B H T S (E + F) multiply-adds, 2.5 times that backward, but for tiles of which nothing is seen; memory beyond the
-        arguments' own B H (T (E + F) + block^2) numbers. Gradients of all tensors, of the logarithms too; none of gradients.
+        arguments' own B H (T (E + F) + block^2) numbers, with the kernel a few times B H (T + S) (E + F). Gradients of all
+        tensors, of the logarithms too; none of gradients.
     Source: Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4; one division at the end, queries outside: arXiv 2307.08691.
     """
     _check(q, k, v, bias, segments)
     if isinstance(segments, Tensor):
         segments = (segments, segments)
-    tiling = _Tiling(q.shape[2], k.shape[2], causal, segments, block, q.shape[3] ** -0.5 if scale is None else scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if gpu := fused(q, k, v):
+        return gpu.flash_attention(q, k, v, bias, segments=segments, causal=causal, scale=scale)
+    if takes(q, segments):
+        return flash(q, k, v, bias, segments, causal, scale)
+    return flash_tiles(q, k, v, bias, segments, causal, scale, block)
+
+
+def flash_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    segments: tuple[Tensor, Tensor] | None,
+    causal: bool,
+    scale: float,
+    block: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """The twin of `flash_attention`, on arguments that it has checked."""
+    tiling = _Tiling(q.shape[2], k.shape[2], causal, segments, block, scale)
     y, lse = _Flash.apply(q.unflatten(1, (k.shape[1], -1)), k, v, bias, tiling)
     return y.flatten(1, 2), lse.flatten(1, 2)
 

@@ -13,6 +13,7 @@ from fewstep.nn.kernels.parts import Ends, Gain, Parts
 from fewstep.nn.kernels.scan import selective_scan, selective_tree
 from fewstep.nn.kernels.skinny import Packed, linear, pack
 from fewstep.nn.kernels.step import Caches, Scene, Steps
+from fewstep.nn.kernels.wkv import wkv, wkv_after, wkv_empty, wkv_fresh, wkv_tree
 
 __all__ = [
     "DTYPES",
@@ -37,4 +38,9 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_tree",
+    "wkv",
+    "wkv_after",
+    "wkv_empty",
+    "wkv_fresh",
+    "wkv_tree",
 ]

@@ -99,6 +99,11 @@ class Kernel:
         self.keep_slots.argtypes = (pointer, *[size] * 4, *[pointer] * 2, size, pointer)
         self.selective_scan = library.selective_scan
         self.selective_scan.argtypes = (pointer, flag)
+        self.wkv4 = library.wkv4
+        self.wkv4.argtypes = (pointer, flag)
+        self.wkv4.restype = None
+        self.flash_attention = library.flash_attention
+        self.flash_attention.argtypes = (pointer, flag)
 
 
 @cache

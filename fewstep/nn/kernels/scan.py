@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.nn import scan
 from fewstep.nn.kernels.kernel import Kernel, default_kernel
+from fewstep.nn.triton import fused
 
 STEPS, SHARE = 32, 128  # as in scan.c: tokens between kept states; channels whose gradients of b and c are one sum
 
@@ -48,6 +49,8 @@ def selective_scan(
         is a 32nd of the states, and one block of all of them. Source: Gu and Dao 2023, arXiv 2312.00752, algorithm 2.
     """
     _check(u, delta, a, b, c, start)
+    if gpu := fused(u, delta, a, b, c, start):
+        return gpu.selective_scan(u, delta, a, b, c, start, begins)
     kernel = _kernel(u)
     if kernel is None:
         return selective_blocks(u, delta, a, b, c, start, begins)

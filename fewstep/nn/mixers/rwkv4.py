@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from fewstep.core.position import NoPosition
 from fewstep.core.recipe import Config
-from fewstep.nn.recurrent import Carry, Inputs, Links, Recurrent, even_heads, wide
-
-_NOTHING = -1e30  # the logarithm of an empty sum, finite so that differences of two are
+from fewstep.nn.kernels import wkv, wkv_after, wkv_empty, wkv_fresh, wkv_tree
+from fewstep.nn.kernels.wkv import Sums
+from fewstep.nn.recurrent import Carry, Inputs, Links, even_heads, wide
+from fewstep.nn.scan import Scanned
 
 
 @final
@@ -28,16 +29,15 @@ class Rwkv4Config(Config):
 
 
 @final
-class Rwkv4(Recurrent):
+class Rwkv4(Scanned):
     """y_t = sigmoid(r_t) (sum_{i<t} e^{k_i - (t-1-i) w} v_i + e^{u + k_t} v_t) / (the same without v), channel by channel.
 
     r, k and v are read off a mean of the token and the one before it. The sums are kept relative to their largest term, whose
-    logarithm is part of the state. Cost: T exponentials a channel and token in chunks of T; state: 3 numbers a channel and the
-    last activations. Differs: the channel mixing behind it is the block's MLP; weights begin as in the first layer of the
-    authors' code, since a mixer does not know its depth.
+    logarithm is part of the state. Cost: the projections, and two exponentials and about twenty operations a channel and token;
+    state: 3 numbers a channel and the last activations. Differs: the channel mixing behind it is the block's MLP; weights begin
+    as in the first layer of the authors' code, since a mixer does not know its depth.
     """
 
-    chunk = 16
     encodings: frozenset[str] = frozenset()  # decays order the tokens
 
     def __init__(self, config: Rwkv4Config, width: int) -> None:
@@ -60,35 +60,31 @@ class Rwkv4(Recurrent):
         return r.sigmoid(), k, v
 
     def begin(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Carry:
-        empty = wide(torch.zeros(batch, self.width, device=device, dtype=dtype))
-        return empty, empty, torch.full_like(empty, _NOTHING)
+        return wkv_empty(batch, self.width, wide(torch.empty(0, device=device, dtype=dtype)))
 
     def read(self, carry: Carry, inputs: Inputs, links: Links) -> Tensor:
         r, k, v = inputs
-        above, below, most = (x.unsqueeze(1) for x in carry)
-        own = torch.eye(k.shape[1], dtype=torch.bool, device=k.device)
-        strict = links.sees & ~own
-        depth = strict.sum(-1)
-        between = (depth.unsqueeze(2) - depth.unsqueeze(1) - 1).unsqueeze(-1)
-        logs = (k.unsqueeze(1) - between * self._fading()).masked_fill(~strict.unsqueeze(-1), -torch.inf)
-        logs = torch.where(own.unsqueeze(-1), (self.bonus + k).unsqueeze(1), logs)
-        carried = (most - depth.unsqueeze(-1) * self._fading()).masked_fill(links.fresh.unsqueeze(-1), _NOTHING)
-        top = torch.maximum(logs.amax(2), carried).detach()  # cancels, so no gradient is lost
-        weights, carried = (logs - top.unsqueeze(2)).exp(), (carried - top).exp()
-        return r * ((weights * v.unsqueeze(1)).sum(2) + carried * above) / (weights.sum(2) + carried * below)
+        start = _sums(carry)
+        if not links.chain:
+            return r * wkv_tree(k, v, self._fading(), wide(self.bonus), start, links.sees, links.fresh)
+        start = wkv_fresh(start, links.fresh[:, :1])  # whole rows are fresh, or none of their tokens is
+        return r * wkv(k, v, self._fading(), wide(self.bonus), start)[0]
 
     def advance(self, carry: Carry, inputs: Inputs, real: Tensor) -> Carry:
         _, k, v = inputs
-        above, below, most = carry
-        behind = real.sum(1, keepdim=True) - real.cumsum(1)
-        logs = (k - behind.unsqueeze(-1) * self._fading()).masked_fill(~real.unsqueeze(-1), -torch.inf)
-        carried = most - real.sum(1, keepdim=True) * self._fading()
-        top = torch.maximum(logs.amax(1), carried).detach()
-        weights, carried = (logs - top.unsqueeze(1)).exp(), (carried - top).exp()
-        return (weights * v).sum(1) + carried * above, weights.sum(1) + carried * below, top
+        return wkv_after(k, v, self._fading(), _sums(carry), real)
+
+    def sweep(self, inputs: Inputs, place: Tensor) -> Tensor:
+        r, k, v = inputs
+        return r * wkv(k, v, self._fading(), wide(self.bonus), wkv_empty(k.shape[0], self.width, k), place == 0)[0]
 
     def finish(self, y: Tensor, features: Tensor) -> Tensor:
         return self.out(y.to(features.dtype))
 
     def _fading(self) -> Tensor:
         return wide(self.speed).exp()
+
+
+def _sums(carry: Carry) -> Sums:
+    above, below, most = carry
+    return above, below, most
