@@ -1,16 +1,47 @@
-"""A language model small enough to enumerate: its next token depends on the last three tokens and the position, by table."""
+"""Targets small enough to enumerate: one by table, whose next token depends on the last three tokens and the position, and random
+decoders with any mixers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.mixer import Mask, Tree
 from fewstep.core.model import Output
+from fewstep.core.recipe import parse
+from fewstep.models.decoder import Decoder, DecoderConfig
 
 _PERIOD = 5
+_MAMBA = {"kind": "mamba2", "state": 4}  # thousands of rows hold one each
+STACKS: Mapping[str, tuple[Any, ...]] = {  # recurrent and hybrid decoders by name: the mixers of their three layers
+    "mamba2": (_MAMBA,),
+    "linear": ("linear",),
+    "hybrid": (_MAMBA, "attention", _MAMBA),
+    "retnet": ("retnet",),
+    "gated_deltanet": ("gated_deltanet",),
+    "rwkv6": ("rwkv6",),
+    "hybrid-attention-last": ("linear", "gated_deltanet", "attention"),
+}
+
+
+def random_decoder(mixers: tuple[Any, ...], vocab: int, seed: int) -> Decoder:
+    """A decoder of three layers in float64 with three sequential heads; large weights, so that its choices vary."""
+    values = {
+        "vocab": vocab,
+        "width": 16,
+        "depth": 3,
+        "query_heads": 2,
+        "hidden": 24,
+        "mixers": list(mixers),
+        "heads": [{"kind": "mtp_sequential", "depth": 3}],
+        "init_std": 0.3,
+    }
+    torch.manual_seed(seed)
+    return parse(DecoderConfig, values).build().double().eval()
 
 
 @dataclass

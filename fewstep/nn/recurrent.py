@@ -8,11 +8,12 @@ This file knows no rule of recurrence.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fewstep.core.mixer import Aux, Causal, Context
 from fewstep.nn.masks import places
@@ -28,86 +29,108 @@ class Links:
     """How T tokens hang together: `parent` [B,T] as in `core.mixer.Tree` (-1: it follows the carried state, -2: padding).
 
     `sees` [B,T,T]: the token itself and its ancestors. `fresh` [B,T]: its path begins with an empty state, not with the carried
-    one. `chain`: every token but the first follows the one before it.
+    one. `chain`: every token but the first follows the one before it. `carried`: it is known that no token is fresh.
     """
 
     parent: Tensor
     sees: Tensor
     fresh: Tensor
     chain: bool = False
+    carried: bool = False
 
 
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class RecurrentState:
-    """`carry` after the committed tokens, the last features of these `tail` [B,R,F], and of the pending nodes `features` [B,P,F]
-    and `inputs` (each [B,P,...]). `slots` counts both kinds; R is the mixer's `reach`."""
+    """`carry` after the committed tokens, what the last of these show, `tail` [B,R,S], and of the `pending` nodes what they show
+    [B,P,S] and their inputs, each [B,P,...]; () with none pending. `slots` counts both kinds; R is the mixer's `reach`."""
 
     mixer: "Recurrent"
     slots: Slots
     carry: Carry
     tail: Tensor
-    features: Tensor
-    inputs: Inputs
+    pending: tuple[Tensor, ...] = ()
 
     def commit(self, path: Tensor, keep: Tensor) -> "RecurrentState":
-        width = int(keep.max()) if len(keep) else 0
-        real = torch.arange(width, device=path.device) < keep.unsqueeze(1)
-        path = torch.where(real, path[:, :width], 0)
-        carry = self.carry
-        if width:
-            for start in range(0, width, self.mixer.chunk):
-                piece = slice(start, start + self.mixer.chunk)
-                carry = self.mixer.advance(carry, tuple(_pick(x, path[:, piece]) for x in self.inputs), real[:, piece])
-        tail = self.tail
-        if self.mixer.reach and width:
-            known = torch.cat([tail, _pick(self.features, path)], 1)
-            tail = _pick(known, keep.unsqueeze(1) + torch.arange(self.mixer.reach, device=path.device))
-        return self._empty(self.slots.commit(path, keep), carry, tail)
+        slots = self.slots.commit(path, keep)
+        kept = _Kept.of(self.slots, slots, path, keep)
+        if not kept.width:
+            return RecurrentState(self.mixer, slots, self.carry, self.tail)
+        shown, *inputs = map(kept.pick, self.pending)
+        carry, tail, chunk = self.carry, self.tail, self.mixer.chunk
+        for real, *piece in zip(*(x.split(chunk, 1) for x in (kept.real, *inputs)), strict=True):
+            carry = self.mixer.advance(carry, tuple(piece), real)
+        if reach := self.mixer.reach:
+            known = torch.cat([tail, shown], 1)
+            last = keep.unsqueeze(1) + torch.arange(reach, device=keep.device)
+            tail = known[:, kept.width :] if kept.whole else _pick(known, last)
+        return RecurrentState(self.mixer, slots, carry, tail)
 
     def rollback(self) -> "RecurrentState":
-        return self._empty(self.slots.rollback(), self.carry, self.tail)
+        return RecurrentState(self.mixer, self.slots.rollback(), self.carry, self.tail)
 
     def fork(self, rows: Tensor) -> "RecurrentState":
-        carry, inputs = (tuple(x[rows] for x in group) for group in (self.carry, self.inputs))
-        return RecurrentState(self.mixer, self.slots.fork(rows), carry, self.tail[rows], self.features[rows], inputs)
+        carry, pending = (tuple(x[rows] for x in group) for group in (self.carry, self.pending))
+        return RecurrentState(self.mixer, self.slots.fork(rows), carry, self.tail[rows], pending)
 
     def join(self, other: "RecurrentState") -> "RecurrentState":
         slots = self.slots.join(other.slots)
         carry = tuple(torch.cat(pair) for pair in zip(self.carry, other.carry, strict=True))
-        inputs = tuple(torch.cat(pair) for pair in zip(self.inputs, other.inputs, strict=True))
-        tail, features = torch.cat([self.tail, other.tail]), torch.cat([self.features, other.features])
-        return RecurrentState(self.mixer, slots, carry, tail, features, inputs)
+        return RecurrentState(self.mixer, slots, carry, torch.cat([self.tail, other.tail]))
 
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.carry, self.tail, self.features, *self.inputs))
+        return sum(x.nbytes for x in (*self.carry, self.tail, *self.pending))
 
-    def _empty(self, slots: Slots, carry: Carry, tail: Tensor) -> "RecurrentState":
-        """With no node pending."""
-        inputs = tuple(x[:, :0] for x in self.inputs)
-        return RecurrentState(self.mixer, slots, carry, tail, self.features[:, :0], inputs)
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class _Kept:
+    """Which pending nodes a commit keeps: at most `width` a row, at `path` [B,width] (None: the first ones), of which the `real`
+    [B,width] are there; `whole`: all of them."""
+
+    width: int
+    path: Tensor | None
+    real: Tensor
+    whole: bool
+
+    @classmethod
+    def of(cls, before: Slots, after: Slots, path: Tensor, keep: Tensor) -> "_Kept":
+        whole = before.uniform and after.uniform
+        width = after.base - before.base if whole else int(keep.max()) if len(keep) else 0
+        real = torch.arange(width, device=path.device) < keep.unsqueeze(1)
+        if whole and before.moves(path, keep) is None:
+            return cls(width, None, real, whole)
+        return cls(width, path[:, :width] if whole else torch.where(real, path[:, :width], 0), real, whole)
+
+    def pick(self, x: Tensor) -> Tensor:
+        """[B,width,...] of x [B,P,...]."""
+        if self.path is not None:
+            return _pick(x, self.path)
+        return x if x.shape[1] == self.width else x[:, : self.width]
 
 
 class Recurrent(nn.Module, ABC):
     """A causal mixer whose past is a state of fixed size.
 
-    `reach`: how many earlier tokens' features a token's inputs are made of (a short convolution, a token shift). `chunk`: tokens
-    that are read at once; the forms agree whatever it is. Cost: as `read` and `advance` over chunks; a cached call reads all
-    pending nodes, since they may be anybody's ancestors.
+    `reach`: how many earlier tokens show something that a token's inputs are made of (a short convolution, a token shift).
+    `shows`: which of their features. `chunk`: tokens that are read at once; the forms agree whatever it is. Cost: as `read` and
+    `advance` over chunks; a cached call reads all pending nodes, since they may be anybody's ancestors.
+    `ctx.shared` keys: ("recurrent", ...), what layers know alike of the pending nodes.
     """
 
     modes = frozenset({"causal"})
     masks: frozenset[type] = frozenset({Causal})
     reach = 0
+    shows = slice(None)
     chunk = 64
 
     def features(self, x: Tensor) -> Tensor:
-        """[B,T,D] -> [B,T,F]: what tokens within `reach` show one another; by default the activations."""
+        """[B,T,D] -> [B,T,F]: what tokens make of themselves alone; by default the activations."""
         return x
 
     @abstractmethod
     def inputs(self, features: Tensor, before: Tensor, positions: Tensor) -> Inputs:
-        """What tokens put in, each [B,T,...], from their `features` [B,T,F], those of the `reach` tokens before each [B,T,R,F]
+        """What tokens put in, each [B,T,...], from their `features` [B,T,F], what the `reach` tokens before each show [B,T,R,S]
         (the nearest last; zeros before the first) and their positions [B,T]."""
 
     @abstractmethod
@@ -131,12 +154,9 @@ class Recurrent(nn.Module, ABC):
 
     def init_state(self, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype) -> RecurrentState:
         with torch.no_grad():
-            nothing = self.features(torch.zeros(batch, 1, self.width, device=device, dtype=dtype))
-            tail = nothing.new_zeros(batch, self.reach, nothing.shape[2])
-            inputs = self.inputs(nothing, tail.unsqueeze(1), torch.zeros(batch, 1, device=device, dtype=torch.int64))
-        carry = self.begin(batch, device, dtype)
-        none = tuple(x[:, :0] for x in inputs)
-        return RecurrentState(self, Slots.empty(batch, capacity, device), carry, tail, nothing[:, :0], none)
+            shown = self._shown(self.features(torch.zeros(batch, 1, self.width, device=device, dtype=dtype)))
+        tail = shown.new_zeros(batch, self.reach, shown.shape[2])
+        return RecurrentState(self, Slots.empty(batch, capacity, device), self.begin(batch, device, dtype), tail)
 
     @property
     @abstractmethod
@@ -149,17 +169,16 @@ class Recurrent(nn.Module, ABC):
         (batch, count, _), segments = x.shape, ctx.segments
         place = torch.arange(count, device=x.device).expand(batch, -1) if segments is None else places(segments)
         features = self.features(x)
-        tail = features.new_zeros(batch, self.reach, features.shape[2])
-        before = _pick(torch.cat([tail, features], 1), self._window(batch, count, x.device))
-        near = torch.arange(self.reach, 0, -1, device=x.device)  # how far back each of them lies
-        before = before * (place.unsqueeze(-1) >= near).unsqueeze(-1)
+        before = self._before_each(self._shown(features), None if segments is None else place)
         inputs, outputs = self.inputs(features, before, ctx.positions), []
         carry = self.begin(batch, x.device, x.dtype)
-        for start in range(0, count, self.chunk):
-            piece = tuple(part[:, start : start + self.chunk] for part in inputs)
-            links, real, restart = _run(place[:, start : start + self.chunk])
+        key = ("recurrent", "runs", self.chunk, *place.shape)
+        if key not in ctx.shared:
+            ctx.shared[key] = [_run(here) for here in place.split(self.chunk, 1)]
+        pieces = zip(*(part.split(self.chunk, 1) for part in inputs), strict=True)
+        for i, (piece, (links, real, restart)) in enumerate(zip(pieces, ctx.shared[key], strict=True)):
             outputs.append(self.read(carry, piece, links))
-            if start + self.chunk < count:
+            if (i + 1) * self.chunk < count:
                 if segments is not None:
                     carry = _where(restart, self.begin(batch, x.device, x.dtype), carry)
                 carry = self.advance(carry, piece, real)
@@ -167,61 +186,99 @@ class Recurrent(nn.Module, ABC):
 
     def extend(self, x: Tensor, ctx: Context, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         self._check(ctx)
-        count, slots = x.shape[1], state.slots.extend(ctx.parent, x.shape[1])
+        count, slots = x.shape[1], _table(ctx, state.slots, x.shape[1])
         features = self.features(x)
-        known = torch.cat([state.features, features], 1)
-        before = self._before(known, state.tail, slots, count)
+        shown, earlier = self._shown(features), state.pending
+        known = torch.cat([earlier[0], shown], 1) if earlier else shown
         positions = slots.index[:, -count:] if ctx.positions is None else ctx.positions
-        new = self.inputs(features, before, positions)
-        inputs = tuple(torch.cat(pair, 1) for pair in zip(state.inputs, new, strict=True))
-        state = replace(state, slots=slots, features=known, inputs=inputs)
-        y = self._read_chunks(state) if slots.pending == count > self.chunk and _straight(slots) else self._read_tree(state)
-        return self.finish(y[:, -count:], features), state
+        inputs = self.inputs(features, self._before(known, state.tail, ctx, slots, count), positions)
+        if earlier:
+            inputs = tuple(torch.cat(pair, 1) for pair in zip(earlier[1:], inputs, strict=True))
+        if slots.pending == count > self.chunk and _straight(slots):
+            y = self._read_chunks(state.carry, inputs, _parents(slots))
+        else:
+            y = self.read(state.carry, inputs, _links(ctx, slots))
+        y = y[:, -count:] if earlier else y
+        return self.finish(y, features), RecurrentState(self, slots, state.carry, state.tail, (known, *inputs))
 
-    def _read_tree(self, state: RecurrentState) -> Tensor:
-        slots = state.slots
-        parent = _parents(slots)
-        links = Links(parent, slots.reach & (parent > -2).unsqueeze(1), torch.zeros_like(parent, dtype=torch.bool), slots.chain)
-        return self.read(state.carry, state.inputs, links)
-
-    def _read_chunks(self, state: RecurrentState) -> Tensor:
-        """The same for many tokens, of which each row's are one chain somewhere among padding."""
-        parent, carry, outputs = _parents(state.slots), state.carry, []
+    def _read_chunks(self, carry: Carry, inputs: Inputs, parent: Tensor) -> Tensor:
+        """What `read` makes of many pending tokens, of which each row's are one chain somewhere among padding."""
+        outputs = []
         for start in range(0, parent.shape[1], self.chunk):
-            piece = tuple(part[:, start : start + self.chunk] for part in state.inputs)
+            piece = tuple(part[:, start : start + self.chunk] for part in inputs)
             here = parent[:, start : start + self.chunk]
             real, none = here > -2, torch.zeros_like(here, dtype=torch.bool)
             here = torch.where(real, (here - start).clamp(min=-1), -2)
             order = torch.arange(here.shape[1], device=here.device)
             sees = (order <= order[:, None]) & real.unsqueeze(1) | torch.eye(len(order), dtype=torch.bool, device=here.device)
-            outputs.append(self.read(carry, piece, Links(here, sees & real.unsqueeze(1), none, bool(real.all()))))
+            outputs.append(self.read(carry, piece, Links(here, sees & real.unsqueeze(1), none, bool(real.all()), carried=True)))
             carry = self.advance(carry, piece, real)
         return torch.cat(outputs, 1)
 
-    def _before(self, known: Tensor, tail: Tensor, slots: Slots, count: int) -> Tensor:
-        """[B,count,R,F] the features of the tokens before each of the last `count` pending nodes, along its own path."""
-        parent, reach = _parents(slots), self.reach
-        if not reach:
-            return known.new_zeros(known.shape[0], count, 0, known.shape[2])
-        node, missing = parent[:, -count:], torch.zeros_like(parent[:, -count:])
-        steps = []
-        for _ in range(reach):
-            inside = node >= 0
-            # the tail's place, counted from its start: the first token before the pending ones is the last of the tail
-            steps.append(torch.where(inside, reach + node.clamp(min=0), reach - 1 - missing))
-            missing = torch.where(inside, missing, missing + 1)
-            node = torch.where(inside, parent.gather(1, node.clamp(min=0)), -1)
-        index = torch.stack(steps[::-1], 2)
-        return _pick(torch.cat([tail, known], 1), index)
+    def _shown(self, features: Tensor) -> Tensor:
+        """[B,T,S] of features [B,T,F]: what later tokens may need of them."""
+        return features[..., self.shows if self.reach else slice(0)]
 
-    def _window(self, batch: int, count: int, device: torch.device) -> Tensor:
-        index = torch.arange(count, device=device).unsqueeze(1) + torch.arange(self.reach, device=device)
-        return index.expand(batch, -1, -1)
+    def _before(self, known: Tensor, tail: Tensor, ctx: Context, slots: Slots, count: int) -> Tensor:
+        """[B,count,R,S] what the tokens before each of the last `count` pending nodes show, along its own path."""
+        if not self.reach:
+            return known.new_zeros(known.shape[0], count, 0, known.shape[2])
+        known = torch.cat([tail, known], 1)
+        if slots.chain:
+            return known.unfold(1, self.reach, 1)[:, -count - 1 : -1].transpose(2, 3)
+        key = ("recurrent", "before", slots, self.reach, count)
+        if key not in ctx.shared:
+            ctx.shared[key] = _path(_parents(slots), self.reach)[:, -count:]
+        return _pick(known, ctx.shared[key])
+
+    def _before_each(self, shown: Tensor, place: Tensor | None) -> Tensor:
+        """[B,T,R,S] what the tokens before each show, zeros before the first of its sequence, in which it stands at `place`."""
+        if not self.reach:
+            return shown.unsqueeze(2)[:, :, :0]
+        before = pad(shown, (0, 0, self.reach, 0)).unfold(1, self.reach, 1)[:, :-1].transpose(2, 3)
+        if place is None:
+            return before
+        near = torch.arange(self.reach, 0, -1, device=shown.device)  # how far back each of them lies
+        return before * (place.unsqueeze(-1) >= near).unsqueeze(-1)
 
     def _check(self, ctx: Context) -> None:
         if type(ctx.mask) not in self.masks:
             kind = type(self).__name__
             raise ValueError(f"mask={type(ctx.mask).__name__}: {kind} is causal and takes Causal alone; choose one of Causal")
+
+
+def _table(ctx: Context, slots: Slots, count: int) -> Slots:
+    """The slot table with `count` more nodes: that of the layers before, where it says the same, so that all go on with one."""
+    mine = slots.extend(ctx.parent, count)
+    found: Slots = ctx.shared.setdefault(("recurrent", "slots"), mine)
+    if found is mine or slots.pending or found.pending != count or found.parent is not mine.parent:
+        return mine
+    alike = (found.base, found.capacity, found.uniform) == (mine.base, mine.capacity, mine.uniform)
+    return found if alike and torch.equal(found.lengths, mine.lengths) else mine
+
+
+def _links(ctx: Context, slots: Slots) -> Links:
+    """How all pending nodes hang together."""
+    key = ("recurrent", "links", slots)
+    if key not in ctx.shared:
+        parent = _parents(slots)
+        sees = slots.reach if slots.chain else slots.reach & (parent > -2).unsqueeze(1)
+        ctx.shared[key] = Links(parent, sees, torch.zeros_like(parent, dtype=torch.bool), slots.chain, carried=True)
+    links: Links = ctx.shared[key]
+    return links
+
+
+def _path(parent: Tensor, reach: int) -> Tensor:
+    """[B,P,R] the places of the `reach` tokens before each pending node, counted over the tail of R tokens and the nodes."""
+    node, missing = parent, torch.zeros_like(parent)
+    steps = []
+    for _ in range(reach):
+        inside = node >= 0
+        # the first token before the pending ones is the last of the tail
+        steps.append(torch.where(inside, reach + node.clamp(min=0), reach - 1 - missing))
+        missing = torch.where(inside, missing, missing + 1)
+        node = torch.where(inside, parent.gather(1, node.clamp(min=0)), -1)
+    return torch.stack(steps[::-1], 2)
 
 
 def _parents(slots: Slots) -> Tensor:
@@ -273,7 +330,7 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """x in float32 or wider: what recurrences add up in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype.itemsize >= torch.float32.itemsize else x.float()
 
 
 def even_heads(width: int, heads: int) -> int:
@@ -281,10 +338,3 @@ def even_heads(width: int, heads: int) -> int:
     if width % heads:
         raise ValueError(f"heads={heads}: must divide width={width}; choose a divisor")
     return width // heads
-
-
-def refuse_encoding(kind: str, position: object, *allowed: type) -> None:
-    """Raises ValueError for a position encoding that a mixer cannot honour."""
-    if type(position) not in allowed:
-        known = ", ".join(sorted(each.__name__ for each in allowed))
-        raise ValueError(f"position={type(position).__name__}: {kind} has no scores to bias; choose one of {known}")

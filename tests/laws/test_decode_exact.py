@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from exactness import cells, chi_square, draws, joint_law
+from test_decode_exact_mtp import table
 from torch import Tensor
-from toys import TableModel
+from toys import STACKS, TableModel, random_decoder
 
 from fewstep.core.draft import Handle, Verdict
 from fewstep.core.mixer import Tree
@@ -17,11 +18,13 @@ from fewstep.decode.drafters.config import HeadsDrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.early_exit import EarlyExitConfig
 from fewstep.decode.drafters.lookahead import LookaheadConfig
+from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.drafters.ngram import NgramConfig
 from fewstep.decode.drafters.retrieval import RetrievalConfig
 from fewstep.decode.drafters.silent import Nothing, SilentConfig
 from fewstep.decode.laws import SamplingConfig
 from fewstep.decode.verify import draw
+from fewstep.models.decoder import Decoder
 
 VOCAB, LENGTH = 5, 5
 PROMPT = (1, 2, 3, 1, 2, 4, 1, 2)
@@ -49,6 +52,26 @@ LAWS = {
     "nucleus": SamplingConfig(temperature=1.0, top_p=0.6),
     "everything": SamplingConfig(temperature=0.9, top_k=4, top_p=0.9, min_p=0.05, repetition_penalty=1.3),
 }
+
+
+ON_STACKS = {
+    "ngram-chain": SETTINGS["ngram-chain"],
+    "ngram-tree": SETTINGS["ngram-tree"],
+    "mtp-chain": MultiTokenConfig(),
+    "mtp-tree": MultiTokenConfig(branching=(2, 2, 1)),
+    "mtp-tree-chosen": MultiTokenConfig(branching=(2, 1, 2), mode="chosen"),
+    "own-tree": DraftModelConfig(path="toy", branching=(2, 2)),
+}
+QUICK = [
+    (stack, name, law)
+    for stack, laws in (
+        ("mamba2", ("warm", "cool-nucleus")),
+        ("linear", ("hot", "everything")),
+        ("hybrid", ("cool-nucleus", "hot")),
+    )
+    for name, law in zip(("mtp-chain", "mtp-tree"), laws, strict=True)
+]
+FIRST = 3  # tokens of recurrent and hybrid targets that are looked at
 
 
 class Mixed:
@@ -152,6 +175,13 @@ def p_values(tokens: Tensor, target: TableModel, config: SamplingConfig) -> tupl
     return first, last
 
 
+def p_value_of_stack(tokens: Tensor, target: Decoder, config: SamplingConfig) -> float:
+    """Of the first tokens, against the law that the parallel form gives."""
+    after = table(target, PROMPT, FIRST)
+    law = joint_law(lambda text: after[tuple(text)], PROMPT, VOCAB, FIRST, config)
+    return chi_square(cells(tokens[:, :FIRST], VOCAB), law)
+
+
 def test_every_registered_drafter_is_here() -> None:
     with_heads = {"mtp", *(kind for kind, config in DRAFTERS.items() if issubclass(config, HeadsDrafterConfig))}
     assert {config.kind for config in SETTINGS.values()} == set(DRAFTERS) - with_heads  # which have files of their own
@@ -187,6 +217,30 @@ def test_a_row_alone_equals_the_row_in_any_batch(name: str, seed: int) -> None:
     for batch in (1, 3, 8):
         few = draws(target, drafter, PROMPT, LAWS["hot"], range(seed, seed + batch), 12)
         assert torch.equal(few, many[:batch])
+
+
+@pytest.mark.parametrize(("stack", "name", "law"), QUICK)
+def test_samples_of_recurrent_and_hybrid_targets_have_their_law(stack: str, name: str, law: str, seed: int) -> None:
+    target = random_decoder(STACKS[stack], VOCAB, seed)
+    drafter = ON_STACKS[name].build(target, lambda path: target)
+    tokens = draws(target, drafter, PROMPT, LAWS[law], range(seed, seed + 2048), FIRST, budget=8)
+    assert p_value_of_stack(tokens, target, LAWS[law]) > FALSE_ALARM
+    for batch in (1, 3, 8):
+        few = draws(target, drafter, PROMPT, LAWS[law], range(seed, seed + batch), FIRST, budget=8)
+        assert torch.equal(few, tokens[:batch])
+
+
+@pytest.mark.claims
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", ON_STACKS)
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_stack_with_every_drafter_and_law(stack: str, name: str, law: str, seed: int) -> None:
+    target = random_decoder(STACKS[stack], VOCAB, seed)
+    drafter: Any = ON_STACKS[name].build(target, lambda path: target)
+    runs = [draws(target, drafter, PROMPT, LAWS[law], range(start, start + 4096), FIRST) for start in range(0, 40_960, 4096)]
+    assert p_value_of_stack(torch.cat(runs), target, LAWS[law]) > FALSE_ALARM / 10
+    for batch in (1, 3, 8):
+        assert torch.equal(draws(target, drafter, PROMPT, LAWS[law], range(batch), FIRST), runs[0][:batch])
 
 
 @pytest.mark.claims

@@ -1,10 +1,10 @@
-"""Greedy decoding: every drafter emits exactly the tokens of plain decoding, in any batch."""
+"""Greedy decoding: every drafter emits exactly the tokens of plain decoding, in any batch, whatever the target is made of."""
 
 from typing import Any
 
 import pytest
 import torch
-from toys import TableModel
+from toys import STACKS, TableModel, random_decoder
 
 from fewstep.core.event import Cost
 from fewstep.core.mixer import Tree
@@ -12,14 +12,18 @@ from fewstep.core.random import CounterRng
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.early_exit import EarlyExitConfig
 from fewstep.decode.drafters.lookahead import LookaheadConfig
+from fewstep.decode.drafters.mtp import MultiTokenConfig
 from fewstep.decode.drafters.ngram import NgramConfig
 from fewstep.decode.drafters.retrieval import RetrievalConfig
 from fewstep.decode.drafters.silent import Silent
 from fewstep.decode.laws import Sampling, SamplingConfig
 from fewstep.decode.stream import Settings, stream
 from fewstep.decode.verify import verify
+from fewstep.models.decoder import Decoder
+from fewstep.nn.recurrent import RecurrentState
 
 VOCAB = 7
+REVEALING = 3  # the seed of targets to which it matters which branch was kept
 DRAFTERS = {
     "ngram-chain": NgramConfig(min_ngram=1, depth=6),
     "ngram-tree": NgramConfig(min_ngram=1, depth=4, branches=3),
@@ -31,6 +35,17 @@ DRAFTERS = {
     "exit-chain": EarlyExitConfig(),
     "exit-tree": EarlyExitConfig(branching=(2, 2), confidence=0.3),
 }
+ON_STACKS = {
+    "ngram-tree": NgramConfig(min_ngram=1, depth=4, branches=3),
+    "mtp-chain": MultiTokenConfig(),
+    "mtp-tree": MultiTokenConfig(branching=(3, 2, 1)),
+    "mtp-tree-chosen": MultiTokenConfig(branching=(2, 2, 2), mode="chosen"),
+    "own-chain": DraftModelConfig(path="toy", branching=(1, 1, 1, 1)),
+    "own-tree": DraftModelConfig(path="toy", branching=(2, 2, 1), mode="chosen"),
+    "retrieval": RetrievalConfig(depth=6),
+    "lookahead": LookaheadConfig(window=3, ngram=3),
+}
+QUICK = [(stack, name) for stack in ("mamba2", "linear", "hybrid") for name in ("mtp-chain", "mtp-tree", "own-tree")]
 GREEDY = SamplingConfig()
 PENALISED = SamplingConfig(repetition_penalty=1.7)
 
@@ -66,6 +81,33 @@ def plain(target: TableModel, prompt: list[int], config: SamplingConfig, length:
     return text[len(prompt) :]
 
 
+def plain_by_parallel_form(target: Decoder, texts: list[list[int]], length: int) -> list[list[int]]:
+    """Greedy decoding without a state: every token from the parallel form over the whole text."""
+    texts = [list(text) for text in texts]
+    for _ in range(length):
+        longest = max(map(len, texts))
+        tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+        with torch.no_grad():
+            choices = target.unembed(target(tokens).final).argmax(-1)
+        for text, row in zip(texts, choices.tolist(), strict=True):
+            text.append(row[len(text) - 1])
+    return [text[-length:] for text in texts]
+
+
+def check_stack(stack: str, name: str, seed: int, length: int) -> Cost:
+    """Batches of 8, 3 and 1 emit what the parallel form says; the cost of the first. A draft model is the target itself."""
+    target = random_decoder(STACKS[stack], VOCAB, seed)
+    drafter = ON_STACKS[name].build(target, lambda path: target)
+    texts = prompts(8, seed)
+    truth = plain_by_parallel_form(target, texts, length)
+    costs = []
+    for batch in (8, 3, 1):
+        out, cost = tokens_of(target, drafter, texts[:batch], [GREEDY] * batch, max_new_tokens=length)
+        assert out == truth[:batch]
+        costs.append(cost)
+    return costs[0]
+
+
 def circling(target: TableModel, prompt: list[int], config: SamplingConfig) -> list[int]:
     """`prompt` gone on with for so long that the text repeats itself, as there are 5 * 7**3 ways to go on: drafts come true."""
     return prompt + plain(target, prompt, config, 300)
@@ -82,6 +124,30 @@ def test_every_drafter_emits_the_tokens_of_plain_decoding(name: str, config: Sam
     assert together == truth
     assert cost.tokens_per_call > 1.05  # something was accepted, else nothing was tested
     assert [tokens_of(target, drafter, [text], [config], max_new_tokens=40)[0][0] for text in texts[:4]] == truth[:4]
+
+
+@pytest.mark.parametrize(("stack", "name"), QUICK)
+def test_recurrent_and_hybrid_targets_emit_the_tokens_of_their_parallel_form(stack: str, name: str, seed: int) -> None:
+    cost = check_stack(stack, name, seed, 16)
+    assert not name.startswith("own") or cost.tokens_per_call > 2.5  # what the target itself drafts is accepted, three deep
+
+
+@pytest.mark.claims
+@pytest.mark.parametrize("name", ON_STACKS)
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_stack_with_every_drafter(stack: str, name: str, seed: int) -> None:
+    for shift in range(5):
+        check_stack(stack, name, seed + shift, 60)
+
+
+@pytest.mark.parametrize("stack", ["mamba2", "linear"])
+def test_a_recurrent_state_that_commits_another_branch_is_caught(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = RecurrentState.commit
+    monkeypatch.setattr(
+        RecurrentState, "commit", lambda state, path, keep: commit(state, torch.arange(path.shape[1]).expand_as(path), keep)
+    )
+    with pytest.raises(AssertionError):
+        check_stack(stack, "own-tree", REVEALING, 16)
 
 
 def test_plain_decoding_is_the_silent_drafter(seed: int) -> None:

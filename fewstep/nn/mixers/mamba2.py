@@ -25,6 +25,7 @@ class Mamba2Config(Config):
 
     kind: ClassVar[str] = "mamba2"
     source: ClassVar[str] = "Dao & Gu 2024, arXiv 2405.21060"
+    claims: ClassVar[tuple[str, ...]] = ("recall", "recurrent-speculation")
 
     expand: int = Field(default=2, ge=1)
     state: int = Field(default=64, ge=1)
@@ -69,6 +70,7 @@ class Mamba2(Recurrent):
         self.config, self.heads, self.reach = config, heads, config.conv - 1
         self.inner, self.shared = config.expand * width, config.groups * config.state
         channels = self.inner + 2 * self.shared
+        self.shows = slice(self.inner, self.inner + channels)
         self.into = nn.Linear(width, self.inner + channels + heads, bias=False)  # gate; x, B, C; time steps
         self.conv = ShortConv(channels, config.conv, bias=True)
         low, high = math.log(config.step_min), math.log(config.step_max)
@@ -87,25 +89,24 @@ class Mamba2(Recurrent):
         return self.into(x)
 
     def inputs(self, features: Tensor, before: Tensor, positions: Tensor) -> Inputs:
-        mixed, steps = slice(self.inner, -self.heads), wide(features[..., -self.heads :])
-        x, b, c = wide(silu(self.conv(features[..., mixed], before[..., mixed]))).split(
-            [self.inner, self.shared, self.shared], -1
-        )
+        _, mixed, steps = features.split([self.inner, self.inner + 2 * self.shared, self.heads], -1)
+        x, b, c = wide(silu(self.conv(mixed, before))).split([self.inner, self.shared, self.shared], -1)
         b, c = (part.unflatten(-1, (self.config.groups, -1)) for part in (b, c))
-        return x.unflatten(-1, (self.heads, -1)), b, c, softplus(steps + self.step_bias)
+        x, step = x.unflatten(-1, (self.heads, -1)), softplus(wide(steps) + self.step_bias)
+        return x, x * step.unsqueeze(-1), b, c, step * -wide(self.a_log).exp()
 
     def begin(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Carry:
         size = self.inner // self.heads
         return (wide(torch.zeros(batch, self.heads, self.config.state, size, device=device, dtype=dtype)),)
 
     def read(self, carry: Carry, inputs: Inputs, links: Links) -> Tensor:
-        x, b, c, step = inputs
-        y = decay.read(self._each(c), self._each(b), x * step.unsqueeze(-1), self._log_a(step), carry[0], links)
-        return y + x * self.skip.unsqueeze(-1)
+        x, v, b, c, log_a = inputs
+        y = decay.read(self._each(c), self._each(b), v, log_a, carry[0], links)
+        return torch.addcmul(y, x, self.skip.unsqueeze(-1))
 
     def advance(self, carry: Carry, inputs: Inputs, real: Tensor) -> Carry:
-        x, b, _, step = inputs
-        return (decay.advance(self._each(b), x * step.unsqueeze(-1), self._log_a(step), carry[0], real),)
+        _, v, b, _, log_a = inputs
+        return (decay.advance(self._each(b), v, log_a, carry[0], real),)
 
     def finish(self, y: Tensor, features: Tensor) -> Tensor:
         y = y.flatten(2) * silu(wide(features[..., : self.inner]))
@@ -113,9 +114,6 @@ class Mamba2(Recurrent):
         y = rms_norm(y, y.shape[-1:], eps=self.config.eps).flatten(2)
         return self.out((y * self.gain).to(features.dtype))
 
-    def _log_a(self, step: Tensor) -> Tensor:
-        return -step * wide(self.a_log).exp()
-
     def _each(self, x: Tensor) -> Tensor:
         """[B,T,G,N] -> [B,T,H,N]: what the heads of a group share, for each of them."""
-        return x.repeat_interleave(self.heads // self.config.groups, 2)
+        return x.unsqueeze(3).expand(-1, -1, -1, self.heads // self.config.groups, -1).flatten(2, 3)
