@@ -24,6 +24,7 @@ class GatedDeltaNetConfig(Config):
 
     kind: ClassVar[str] = "gated_deltanet"
     source: ClassVar[str] = "Yang et al. 2024, arXiv 2412.06464"
+    claims: ClassVar[tuple[str, ...]] = ("recall",)
 
     key_width: int | None = Field(default=None, ge=1)
     value_width: int | None = Field(default=None, ge=1)

@@ -67,6 +67,7 @@ class GAUConfig(GatedConfig):
 
     kind: ClassVar[str] = "gau"
     source: ClassVar[str] = "Hua et al. 2022, arXiv 2202.10447"
+    claims: ClassVar[tuple[str, ...]] = ("gau",)
 
     def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "GAU":
         return GAU(self, width, heads, position)

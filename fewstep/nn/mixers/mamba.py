@@ -26,6 +26,7 @@ class MambaConfig(Config):
 
     kind: ClassVar[str] = "mamba"
     source: ClassVar[str] = "Gu & Dao 2023, arXiv 2312.00752"
+    claims: ClassVar[tuple[str, ...]] = ("selective-copying", "induction-heads")
 
     expand: int = Field(default=2, ge=1)
     state: int = Field(default=16, ge=1)

@@ -25,6 +25,7 @@ class PerformerConfig(Config):
 
     kind: ClassVar[str] = "performer"
     source: ClassVar[str] = "Choromanski et al. 2020, arXiv 2009.14794"
+    claims: ClassVar[tuple[str, ...]] = ("performer",)
 
     count: int | None = Field(default=None, ge=1)
     kernel: Kernel = "positive"

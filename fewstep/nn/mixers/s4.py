@@ -44,6 +44,7 @@ class S4Config(StateSpaceConfig):
 
     kind: ClassVar[str] = "s4"
     source: ClassVar[str] = "Gu et al. 2021, arXiv 2111.00396"
+    claims: ClassVar[tuple[str, ...]] = ("selective-copying", "induction-heads")
 
     def build(self, *, width: int, heads: int, position: NoPosition | None = None) -> "S4":
         return S4(self, width)

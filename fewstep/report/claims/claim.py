@@ -21,10 +21,10 @@ Verdict = Literal["reproduced", "not reproduced", "not measured"]
 
 @final
 class Effort(Config):
-    """How much a reproduction may spend: prompts and tokens of each, rounds of timing, draws of the tests of laws, and seconds
-    of training for each network that is not at hand. `model` and `draft`: names, directories or hub ids; `dtype` their weights'.
-    `heads`: a folder with the heads for the model by kind, medusa in heads/medusa, as `fewstep train medusa --out heads/medusa`
-    leaves them; those that are missing are trained there.
+    """How much a reproduction may spend: prompts and tokens of each, rounds of timing, draws of the tests of laws, seconds of
+    training for each network that is not at hand, steps for those that are compared after as many. `model` and `draft`: names,
+    directories or hub ids; `dtype` their weights'. `heads`: a folder with the heads for the model by kind, medusa in
+    heads/medusa, as `fewstep train medusa --out heads/medusa` leaves them; those that are missing are trained there.
     """
 
     model: str = "code-nano"
@@ -36,6 +36,7 @@ class Effort(Config):
     rounds: int = Field(default=3, ge=1)
     draws: int = Field(default=20_000, ge=1000)
     seconds: float = Field(default=120.0, gt=0)
+    steps: int = Field(default=1000, ge=1)
     seed: int = 0
 
 

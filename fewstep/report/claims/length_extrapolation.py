@@ -5,26 +5,21 @@ The texts are held out and long enough for every length, and at every length the
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fewstep.core.recipe import Config, resolve
+from fewstep.core.recipe import Config
 from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.nn.position.alibi import AlibiConfig
 from fewstep.nn.position.rope import RopeConfig
 from fewstep.nn.position.stretched import NtkConfig, YarnConfig
-from fewstep.recipes.run import cache_directory
 from fewstep.report.claims.claim import Bench, Claim, Criterion, Finding
-from fewstep.training.data import DATA, DataConfig, Dataset, prepare
+from fewstep.report.claims.tuning import built, dataset_of, tune
+from fewstep.training.data import Dataset
 from fewstep.training.objectives.next_token import NextTokenConfig
-from fewstep.training.optim import OPTIMS
-from fewstep.training.plan import Budget, Plan, Run
-from fewstep.training.precision import PRECISIONS
-from fewstep.training.schedule import SCHEDULES
-from fewstep.training.trainer import Trainer
+from fewstep.training.plan import Run
 
 _TRAINED, _LENGTHS = 128, (128, 256, 512, 1024)
 _LONGEST, _ROWS = _LENGTHS[-1], 32  # tokens of a training step: rows of the trained length
@@ -55,7 +50,7 @@ YARN = Criterion(
 
 def measure(bench: Bench) -> Iterator[Finding]:
     """The findings of this claim, in the order of its criteria."""
-    dataset = _dataset(bench)
+    dataset = dataset_of(bench)
     texts = long_texts(dataset, bench.effort.count)
     alibi = _trained(bench, dataset, AlibiConfig())
     flat = {length: loss(alibi, texts, length, _TRAINED) for length in _LENGTHS}
@@ -111,29 +106,15 @@ def placed(network: Decoder, position: Config) -> Decoder:
     return other.eval()
 
 
-def _dataset(bench: Bench) -> Dataset:
-    model = bench.model
-    if "data" not in model.recipe or model.tokenizer is None:
-        raise ValueError("model: its recipe names no training data; use a fewstep model, e.g. code-nano")
-    data = cast(DataConfig, resolve(model.recipe["data"], DATA, "data"))
-    return prepare(data, model.tokenizer, cache_directory() / "claims" / model.tokenizer.hash[:16], bench.console.print)
-
-
 def _trained(bench: Bench, dataset: Dataset, position: Config) -> Decoder:
     """A small decoder with `position`, trained from nothing on windows of 128 tokens for the bench's seconds."""
-    effort = bench.effort
     config = DecoderConfig(
         vocab=bench.model.network.vocab, width=192, depth=4, query_heads=4, hidden=512, position=position, max_positions=_LONGEST
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(effort.seed)
-        network = config.build().float()
-    bench.console.print(f"training a decoder with {position.kind} positions for {effort.seconds:g} s")
-    run = Run(batch=_ROWS, length=_TRAINED, seed=effort.seed, validate_every=0, checkpoint_seconds=0)
-    plan = Plan(OPTIMS["muon"](), SCHEDULES["wsd"](), PRECISIONS["fp32"](), Budget(seconds=effort.seconds), run)
-    loader = dataset.train(run.batch, run.length, run.seed)
-    Trainer(network, NextTokenConfig().build(), loader, plan, bench.scratch / position.kind, console=bench.console).run()
-    return network.eval()
+    network = built(config, bench.effort.seed)
+    bench.console.print(f"training a decoder with {position.kind} positions for {bench.effort.seconds:g} s")
+    tune(bench, dataset, network, NextTokenConfig().build(), position.kind, Run(batch=_ROWS, length=_TRAINED))
+    return network
 
 
 def _ratio(loss: float, other: float) -> float:
