@@ -3,13 +3,13 @@
 Performer: a layer of eight heads at 1024 tokens, against the same sums written out token by token, as performer-pytorch does
 without CUDA, and against performer-pytorch itself where it is installed. Decay: the chunk form with one decay a head against
 PyTorch's softmax attention and, without decays, against all chunks at once as flash-linear-attention's naive form has them.
-Contestants take turns within one process; seconds are wall time, median and best.
+Contestants take turns within one process; seconds are those of one computing thread, of several the clock's, median and best.
+What every mixer costs against length is `fewstep race mixers`.
 """
 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,23 +21,18 @@ from fewstep.core.mixer import Context
 from fewstep.nn import decay
 from fewstep.nn.mixers.performer import Performer, PerformerConfig
 from fewstep.nn.recurrent import Links
+from fewstep.report.mixer_costs import alternate
 
 HEADS, WIDTH = 8, 64  # and channels of a head
 LENGTHS = (1024, 2048, 4096, 8192)
 FEATURES = (128, 266)  # 266 = 64 ln 64
 
 
-def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median and best seconds of each, the contestants taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median and best seconds of each, the contestants taking turns after a call each to warm up."""
     for call in calls.values():
         call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: {"median": statistics.median(taken), "best": min(taken)} for name, taken in seconds.items()}
+    return {name: {"median": statistics.median(taken), "best": min(taken)} for name, taken in alternate(calls, rounds).items()}
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, chunk: int = 64) -> Tensor:
@@ -120,11 +115,11 @@ def race_performer(rounds: int) -> list[dict[str, object]]:
             runs["performer-pytorch"] = other
         with torch.no_grad():
             difference = float((runs["fewstep"](x) - runs["written out"](x)).abs().max())
-            forward = alternate({name: lambda run=run: run(x) for name, run in runs.items()}, rounds)
-        both = alternate({name: lambda run=run: run(x).sum().backward() for name, run in runs.items()}, rounds)
-        for pass_, timed in (("forward", forward), ("forward and backward", both)):
-            tell(f"{count} features, {pass_}", timed)
-            records.append({"features": count, "pass": pass_, "difference": difference, **timed})
+            forward = timed({name: lambda run=run: run(x) for name, run in runs.items()}, rounds)
+        both = timed({name: lambda run=run: run(x).sum().backward() for name, run in runs.items()}, rounds)
+        for pass_, seconds in (("forward", forward), ("forward and backward", both)):
+            tell(f"{count} features, {pass_}", seconds)
+            records.append({"features": count, "pass": pass_, "difference": difference, **seconds})
     return records
 
 
@@ -143,18 +138,18 @@ def race_decay(rounds: int) -> list[dict[str, object]]:
             "softmax attention": lambda q=q_h, k=k_h, v=v_h: scaled_dot_product_attention(q, k, v, is_causal=True),
         }
         with torch.no_grad():
-            timed = alternate(calls, rounds)
-        tell(f"{length} tokens", timed)
-        records.append({"length": length, **timed})
+            seconds = timed(calls, rounds)
+        tell(f"{length} tokens", seconds)
+        records.append({"length": length, **seconds})
     return records
 
 
-def tell(label: str, timed: dict[str, dict[str, float]]) -> None:
+def tell(label: str, seconds: dict[str, dict[str, float]]) -> None:
     """One line a contestant."""
-    ours = timed["fewstep"]["median"]
-    for name, seconds in timed.items():
-        median = seconds["median"]
-        print(f"  {label:32} {name:30} {median:8.4f} ({seconds['best']:8.4f}) {median / ours:7.2f}x", flush=True)
+    ours = seconds["fewstep"]["median"]
+    for name, taken in seconds.items():
+        median = taken["median"]
+        print(f"  {label:32} {name:30} {median:8.4f} ({taken['best']:8.4f}) {median / ours:7.2f}x", flush=True)
 
 
 def main() -> None:
