@@ -1,0 +1,1 @@
+"""Diffusion as mathematics: processes, parameterisations, grids, solvers, guidance, likelihoods. No networks."""
