@@ -8,8 +8,20 @@ from fewstep.core.random import Rng
 
 
 class Bijection(Protocol):
-    """z is flat [B,d] in latent order (multi-scale pieces concatenated); log|det| is [B]."""
+    """An invertible map of rows x [B,d] to z [B,d], given c [B,context]; what is conditional on nothing ignores c.
 
-    def forward(self, x: Tensor, c: Tensor | None, rng: Rng | None = None) -> tuple[Tensor, Tensor]: ...
+    Rows are flat, images too: whoever needs their shape was built with it. Then a mask, a permutation, a squeeze and the latent
+    order of a multi-scale flow are all sets of indices, and maps compose without knowing one another. Each direction gives
+    log|det| [B] of its own Jacobian, in nats; no row depends on another. `rng` serves estimators alone.
+    """
 
-    def inverse(self, z: Tensor, c: Tensor | None, rng: Rng | None = None) -> tuple[Tensor, Tensor]: ...
+    size: int  # d
+    context: int  # width of c; 0: unconditional
+
+    def forward(self, x: Tensor, c: Tensor | None = None, rng: Rng | None = None) -> tuple[Tensor, Tensor]:
+        """Data to latents: z and log|dz/dx|."""
+        ...
+
+    def inverse(self, z: Tensor, c: Tensor | None = None, rng: Rng | None = None) -> tuple[Tensor, Tensor]:
+        """Latents to data: x and log|dx/dz|."""
+        ...
