@@ -92,6 +92,34 @@ def generate(
 
 
 @app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or run folder of arrays: a denoiser or a flow.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Samples to make.")] = 64,
+    solver: Annotated[str, typer.Option(help="A name of `fewstep systems`.")] = "deis",
+    steps: Annotated[int, typer.Option(help="Steps of the grid.")] = 18,
+    label: Annotated[list[int] | None, typer.Option(help="The class of all samples; repeated: of each.")] = None,
+    guidance: Annotated[float, typer.Option(help="How much more a class counts; 1: as it was learnt.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option(help="The folder for samples.safetensors, samples.json and the pictures.")] = Path(
+        "runs/sample"
+    ),
+    threads: Threads = 0,
+) -> None:
+    """Sample images or points. --set takes grid, process and the other fields, e.g. --set process=vp, --set grid.rho=5."""
+    from fewstep.core.recipe import parse
+    from fewstep.decode.arrays import SampleConfig
+    from fewstep.report.sampled import sample_here
+
+    _use(threads)
+    fields = _fields(set_)
+    kinds = {"solver": solver, "grid": fields.pop("grid", "karras"), "process": fields.pop("process", None)}
+    parts = {name: {"kind": kind, **_within(name, fields)} for name, kind in kinds.items() if kind}
+    asked = {"count": count, "steps": steps, "label": tuple(label or ()), "guidance": guidance, "seed": seed}
+    sample_here(model, parse(SampleConfig, {**asked, **parts, **fields}), out)
+
+
+@app.command()
 def exactness(
     model: ModelName,
     drafter: Annotated[str, typer.Option(help="auto, a name of `fewstep systems`, or NAME=PATH.")] = "auto",
@@ -215,6 +243,29 @@ def race_decode(
     equal = {"temperature": temperature, "rounds": rounds, "count": count, "batch": batch, "peers": peers}
     config = parse(RaceConfig, {**asked, **equal})
     race_decode_model(load(model, dtype=dtype), config, out, prompts, source=model)
+
+
+@race_app.command("mixers")
+def race_mixers(
+    mixer: Annotated[list[str] | None, typer.Option(help="Only these mixers; may be repeated.")] = None,
+    length: Annotated[int, typer.Option(help="The longest sequence; lengths double from 128 up to it.")] = 4096,
+    width: Annotated[int, typer.Option(help="Channels of a layer.")] = 256,
+    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Turns that everybody has; the order alternates.")] = 3,
+    limit: Annotated[float, typer.Option(help="Seconds for one mixer, work and length; what takes longer is left out.")] = 20.0,
+    quality: Annotated[bool, typer.Option(help="Train small decoders on recall tasks, too.")] = True,
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of weights, activations and texts.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder for race.json and the page.")] = Path("runs/race-mixers"),
+    threads: Threads = 0,
+) -> None:
+    """Race the sequence mixers: seconds and bytes against length beside PyTorch's softmax attention, and what they recall."""
+    from fewstep.core.recipe import parse
+    from fewstep.report.mixers import MixerRaceConfig, race_mixers_here
+
+    _use(threads)
+    equal = {"mixers": tuple(mixer or ()), "length": length, "width": width, "heads": heads, "rounds": rounds, "limit": limit}
+    race_mixers_here(parse(MixerRaceConfig, {**equal, "quality": quality, "steps": steps, "seed": seed}), out)
 
 
 @app.command()

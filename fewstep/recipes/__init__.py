@@ -5,22 +5,27 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fewstep.core.recipe import Config, Recipe, suggestion
+from fewstep.models.denoiser import DenoiserConfig
+from fewstep.models.flow import FlowConfig
 from fewstep.models.model import MODELS
 from fewstep.recipes.drafting import DrafterConfig
-from fewstep.training.data import DATA, TOKENIZERS
+from fewstep.training.data import ARRAYS, DATA, TOKENIZERS
 from fewstep.training.objectives import OBJECTIVES
 from fewstep.training.optim import OPTIMS
 from fewstep.training.plan import BUDGETS, RUNS
 from fewstep.training.precision import PRECISIONS
 from fewstep.training.schedule import SCHEDULES
 
-NETWORKS: Mapping[str, type[Config]] = MappingProxyType({**MODELS, DrafterConfig.kind: DrafterConfig})
+NETWORKS: Mapping[str, type[Config]] = MappingProxyType(
+    {**MODELS, **{config.kind: config for config in (DrafterConfig, FlowConfig, DenoiserConfig)}}
+)
+SOURCES: Mapping[str, type[Config]] = MappingProxyType({**DATA, **ARRAYS})
 
 SECTIONS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
     {
         "model": NETWORKS,
         "tokenizer": TOKENIZERS,
-        "data": DATA,
+        "data": SOURCES,
         "objective": OBJECTIVES,
         "optim": OPTIMS,
         "schedule": SCHEDULES,

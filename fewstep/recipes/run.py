@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast, final
 
 import torch
@@ -14,13 +15,22 @@ from rich.console import Console
 from fewstep.core.objective import Batch
 from fewstep.core.recipe import Recipe
 from fewstep.models.decoder import Decoder
+from fewstep.models.denoiser import Denoiser, DenoiserConfig
+from fewstep.models.flow import Flow, FlowConfig
 from fewstep.models.model import Model
 from fewstep.recipes import load_recipe
 from fewstep.recipes.drafting import corpus_of, finish, open_target, restrict
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.training.data import BPEConfig, DataConfig, Dataset, prepare
+from fewstep.training.data import ArraysConfig, BPEConfig, DataConfig, Dataset, prepare
+from fewstep.training.data.arrays import Arrays
+from fewstep.training.objectives.denoising import DenoisingConfig
+from fewstep.training.objectives.likelihood import LikelihoodConfig
 from fewstep.training.plan import Plan
 from fewstep.training.trainer import Summary, Trainer, Validation
+
+LEARNT_BY: Mapping[str, str] = MappingProxyType(  # the objective of each kind of model of arrays
+    {FlowConfig.kind: LikelihoodConfig.kind, DenoiserConfig.kind: DenoisingConfig.kind}
+)
 
 
 @final
@@ -28,7 +38,7 @@ from fewstep.training.trainer import Summary, Trainer, Validation
 class Trained:
     """A finished run: the model, how the run ended, and the folder that holds both."""
 
-    model: Model
+    model: Model | Flow | Denoiser
     summary: Summary
     directory: Path
 
@@ -62,6 +72,8 @@ def train(
     directory = Path(directory or Path("runs") / recipe.name)
     sections = cast(Any, recipe)
     plan = Plan.of(recipe)
+    if isinstance(recipe["data"], ArraysConfig) or recipe["model"].kind in LEARNT_BY:
+        return _train_on_arrays(recipe, plan, directory, resume, device, console)
     target = open_target(recipe, device, plan.run.seed)
     dataset = _prepared(recipe, target, console.print)
     network = build_network(recipe, dataset, plan.run.seed).to(device) if target is None else target.network
@@ -86,6 +98,37 @@ def train(
     return Trained(target, summary, directory)
 
 
+def _train_on_arrays(recipe: Recipe, plan: Plan, directory: Path, resume: bool, device: str, console: Console) -> Trained:
+    """The same for data that are arrays: no tokens, no tokenizer."""
+    source, config, run = recipe["data"], cast(Any, recipe["model"]), plan.run
+    objective = LEARNT_BY.get(config.kind)
+    if not isinstance(source, ArraysConfig) or objective is None:
+        kinds = " or ".join(repr(kind) for kind in LEARNT_BY)
+        raise ValueError(f"model.kind={config.kind!r}: does not learn data.kind={source.kind!r}; arrays need model.kind={kinds}")
+    if recipe["objective"].kind != objective:
+        raise ValueError(f"objective.kind={recipe['objective'].kind!r}: reads no arrays; set objective.kind={objective!r}")
+    arrays = source.build()
+    told = "classes" if isinstance(config, DenoiserConfig) else "context"
+    for name, needed, given in (("shape", arrays.shape, config.shape), (told, arrays.context, getattr(config, told))):
+        if needed != given:
+            raise ValueError(f"model.{name}={given}: the data have {needed}; set model.{name} to that")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        network = config.build().to(device)
+    trainer = Trainer(
+        network,
+        cast(Any, recipe["objective"]).build(),
+        arrays.train(run.batch, run.seed),
+        plan,
+        directory,
+        validation=Validation(_HeldOutRows(arrays, run.batch)),
+        extra={"recipe.json": recipe.dump()},
+        console=console,
+    )
+    summary = trainer.run(resume)
+    return Trained(type(network).load(summary.checkpoint, device), summary, directory)
+
+
 def build_network(recipe: Recipe, dataset: Dataset, seed: int) -> Decoder:
     """The recipe's model with weights drawn from `seed`. Raises ValueError if the tokenizer has more ids than the model."""
     config = cast(Any, recipe["model"])
@@ -107,6 +150,17 @@ class _HeldOut:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._dataset.validation(self._batch, self._length)
+
+
+@final
+class _HeldOutRows:
+    """The held-out batches of arrays, iterated anew each time."""
+
+    def __init__(self, arrays: Arrays, batch: int) -> None:
+        self._arrays, self._batch = arrays, batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._arrays.validation(self._batch)
 
 
 def _prepared(recipe: Recipe, target: Model | None, say: Callable[[str], None]) -> Dataset:

@@ -14,6 +14,12 @@ from rich.table import Table
 from fewstep.core.recipe import Config
 from fewstep.decode.drafters import DRAFTERS
 from fewstep.decode.verification import VERIFICATIONS
+from fewstep.diffusion.grids import GRIDS
+from fewstep.diffusion.parameterisations import PARAMETERISATIONS
+from fewstep.diffusion.processes import PROCESSES
+from fewstep.diffusion.solvers import SOLVERS
+from fewstep.nn.backbones import BACKBONES
+from fewstep.nn.bijections import BIJECTIONS
 from fewstep.nn.heads import HEADS
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.position import POSITIONS
@@ -26,11 +32,18 @@ ROOMS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
         "heads": HEADS,
         "mixer": MIXERS,
         "position": POSITIONS,
+        "process": PROCESSES,
+        "parameterisation": PARAMETERISATIONS,
+        "grid": GRIDS,
+        "solver": SOLVERS,
+        "bijection": BIJECTIONS,
+        "backbone": BACKBONES,
         **{section: SECTIONS[section] for section in ("objective", "optim", "precision", "schedule")},
     }
 )
 
-DOCUMENTED = ("drafter", "verification", "heads", "mixer", "position", "objective")
+UNDOCUMENTED = ("optim", "precision", "schedule")
+DOCUMENTED = tuple(room for room in ROOMS if room not in UNDOCUMENTED)
 _ROOT = Path(__file__).parents[1]
 _YEAR = re.compile(r"\b(19|20)\d\d\b(?!\.)")
 _ARXIV = re.compile(r"\b(\d\d)(\d\d)\.\d{4,5}\b")

@@ -15,12 +15,15 @@ from toys import TableModel
 
 import fewstep
 from fewstep.core.recipe import Config, parse, resolve
+from fewstep.diffusion.processes import PROCESSES
 from fewstep.nn.blocks import Block, BlockConfig
 from fewstep.nn.mixers.attention import AttentionConfig
+from fewstep.training.data import DATA
 
 Registry = Mapping[str, type[Config]]
 
-RECIPE_PARTS = {"BUDGETS", "DATA", "RUNS"}  # what no paper proposed: sections of a recipe that only say how much and of what
+# what no paper proposed: sections of a recipe that only say how much and of what
+RECIPE_PARTS = {"ARRAYS", "BUDGETS", "DATA", "RUNS", "SOURCES"}
 
 
 def block() -> Block:
@@ -32,21 +35,29 @@ def small() -> TableModel:
 
 
 USES: Mapping[str, Callable[[Any], object]] = {  # how an entry of each registry is put to use
+    "ARRAY_MODELS": lambda config: config.build(),
+    "ARRAYS": lambda config: config.build(),
     "BACKBONES": lambda config: config.build((2,) if config.kind == "points" else (1, 8, 8)),
+    "BIJECTIONS": lambda config: config.build(shape=(2,)),
     "BUDGETS": lambda config: config.progress(SimpleNamespace(steps=1, tokens=1, seconds=1.0)),
     "DATA": lambda config: next(config.documents()),
     "DRAFTERS": lambda config: config.build(small(), lambda path: small()),
+    "GRIDS": lambda config: config.build(PROCESSES["edm"](), 8),
     "HEADS": lambda config: config.build(width=16, vocab=5, trunk_depth=2, eps=1e-6, make_block=block),
     "MIXERS": lambda config: config.build(width=64, heads=4),
     "MODELS": lambda config: config.build(),
     "NETWORKS": lambda config: config.build(),
     "OBJECTIVES": lambda config: config.build(),
     "OPTIMS": lambda config: config.build(torch.nn.Linear(4, 4)),
+    "PARAMETERISATIONS": lambda config: config.build(),
     "PATTERNS": lambda config: config.pieces(40, True, torch.device("cpu")),
     "POSITIONS": lambda config: config.build(head_width=16),
     "PRECISIONS": lambda config: config.context(torch.device("cpu")),
+    "PROCESSES": lambda config: config.build().sigma(torch.tensor(0.5)),
     "RUNS": lambda config: config.model_dump(),
     "SCHEDULES": lambda config: config.factor(0, 0.0),
+    "SOLVERS": lambda config: config.build(),
+    "SOURCES": lambda config: config.documents() if config.kind in DATA else config.build(),
     "VERIFICATIONS": lambda config: config.build(),
     "TOKENIZERS": lambda config: config.build(["def area(width, height):\n    return width * height\n"]),
 }
@@ -59,6 +70,9 @@ def package() -> tuple[tuple[ModuleType, ...], tuple[str, ...]]:
     for found in pkgutil.walk_packages(fewstep.__path__, "fewstep."):
         try:
             imported.append(importlib.import_module(found.name))
+        except ModuleNotFoundError as error:
+            if error.name != "triton":  # of the extra gpu
+                failed.append(f"{found.name}: {error}")
         except Exception as error:  # whatever it is, it is reported with the others
             failed.append(f"{found.name}: {type(error).__name__}: {error}")
     return tuple(imported), tuple(failed)

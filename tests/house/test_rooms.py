@@ -28,6 +28,7 @@ RANKS: Mapping[str, int] = {
 CORE_IMPORTS = {"torch", "pydantic", "pydantic_core", *sys.stdlib_module_names}
 LOOPS = ("stream", "unmask", "denoise", "verify")
 MODELS = ("fewstep.models", "fewstep.nn")
+GUESTS: Mapping[str, str] = {"fewstep.nn.triton": "gpu"}  # packages whose modules are written with an extra and imported with it
 IMPORT_NAMES: Mapping[str, str] = {"pillow": "PIL"}  # packages that are imported by another name than they are installed by
 
 
@@ -66,6 +67,11 @@ EXTRAS = {
 }
 
 
+def guest(name: str) -> str | None:
+    """The extra that a module of a guest package needs; the package itself needs none."""
+    return next((extra for package, extra in GUESTS.items() if name.startswith(f"{package}.")), None)
+
+
 def rank_violations(module: Module) -> list[str]:
     own = room(module.name)
     if own not in RANKS:
@@ -81,12 +87,14 @@ def rank_violations(module: Module) -> list[str]:
 
 def package_violations(module: Module) -> list[str]:
     """Third-party packages: core takes torch and pydantic, a room what is always installed, serve and agent their extra too."""
-    own, above, found = room(module.name), parents(module.tree), []
+    own, above, found = guest(module.name) or room(module.name), parents(module.tree), []
     for node, name in imports(module):
         top = name.split(".")[0]
+        inside = any(isinstance(scope, Function) for scope in enclosing(node, above))
+        if guest(name) and not inside and guest(name) != guest(module.name):
+            found.append(f"{module.at(node)}: {name} needs fewstep[{guest(name)}]; import it in the function that needs it")
         if top == "fewstep" or name.startswith("."):
             continue
-        inside = any(isinstance(scope, Function) for scope in enclosing(node, above))
         if own == "core":
             if top not in CORE_IMPORTS:
                 found.append(f"{module.at(node)}: core imports {top}; it takes torch, pydantic and the standard library only")
@@ -102,7 +110,7 @@ def inner_violations(module: Module) -> list[str]:
         scopes = [scope for scope in enclosing(node, above) if isinstance(scope, Function)]
         if not scopes or room(module.name) == "cli" or (module.name == "fewstep" and scopes[-1].name == "__getattr__"):
             continue
-        extra = EXTRAS.get(name.split(".")[0])
+        extra = EXTRAS.get(name.split(".")[0]) or guest(name)
         if extra is None:
             found.append(f"{module.at(node)}: {name} is imported inside a function; move the import to the top")
         elif f"fewstep[{extra}]" not in ast.unparse(scopes[-1]):
@@ -157,6 +165,9 @@ def test_the_loops_import_no_model():
         (package_violations, "fewstep/core/event.py", "import numpy"),
         (package_violations, "fewstep/hub/convert.py", "import transformers"),
         (package_violations, "fewstep/hub/convert.py", "import fastapi"),
+        (package_violations, "fewstep/nn/flash.py", "from fewstep.nn.triton.flash import flash_attention"),
+        (package_violations, "fewstep/nn/triton/flash.py", "import numba"),
+        (inner_violations, "fewstep/nn/triton/__init__.py", "def load():\n    from fewstep.nn.triton.scan import selective_scan"),
         (inner_violations, "fewstep/nn/heads.py", "def build():\n    import json"),
         (inner_violations, "fewstep/nn/heads.py", "def build():\n    import pyarrow"),
         (inner_violations, "fewstep/__init__.py", "def load():\n    from fewstep.models import Model"),
@@ -171,6 +182,7 @@ def test_a_planted_import_is_found(rule, path, text):
     [
         (rank_violations, "fewstep/models/decoder.py", "from fewstep.nn.heads import HEADS\nfrom fewstep.models import weights"),
         (package_violations, "fewstep/serve/api.py", "import fastapi"),
+        (package_violations, "fewstep/nn/triton/scan.py", "import triton\nfrom fewstep.nn.triton.tiles import on"),
         (inner_violations, "fewstep/cli.py", "def train():\n    from fewstep.recipes import run"),
         (inner_violations, "fewstep/__init__.py", "def __getattr__(name):\n    from fewstep.recipes import run"),
         (

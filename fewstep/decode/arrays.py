@@ -1,0 +1,97 @@
+"""Samples of continuous data from a trained denoiser, as a request asks for them. The loop itself is `denoise`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fewstep.core.event import Cost, Event
+from fewstep.core.process import Denoise, Process
+from fewstep.core.random import CounterRng
+from fewstep.core.recipe import Config, choice
+from fewstep.decode.denoise import Sampled, denoise, start
+from fewstep.diffusion.grids import GRIDS, KarrasConfig
+from fewstep.diffusion.guidance import Guided
+from fewstep.diffusion.processes import PROCESSES
+from fewstep.diffusion.solvers import SOLVERS
+from fewstep.diffusion.solvers.ode import DEISConfig
+from fewstep.models.denoiser import Denoiser
+
+Watch = Callable[[Event[Sampled]], None]
+
+
+@final
+class SampleConfig(Config):
+    """How samples are made: `count` of them, `batch` at a time, along `steps` steps of a grid.
+
+    `process`: the one to sample in (None: the model's own), for any model runs in any. `label`: the class of all rows, or one a
+    row; (): none. `guidance` w moves estimates by w - 1 times what the class changes, where sigma / alpha lies in `interval`.
+    Sample i depends on `seed` + i alone.
+    """
+
+    count: int = Field(default=64, ge=1)
+    batch: int = Field(default=256, ge=1)
+    steps: int = Field(default=18, ge=2)
+    solver: choice(lambda: SOLVERS, "solver") = DEISConfig()  # type: ignore[valid-type]
+    grid: choice(lambda: GRIDS, "grid") = KarrasConfig()  # type: ignore[valid-type]
+    process: choice(lambda: PROCESSES, "process") | None = None  # type: ignore[valid-type]
+    label: tuple[int, ...] = ()
+    guidance: float = Field(default=1.0, ge=0)
+    interval: tuple[float, float] | None = None
+    seed: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """`x` [N, *shape] in the data's own unit, and what they cost: calls of the network over all rows, and seconds."""
+
+    x: Tensor
+    cost: Cost
+
+
+@torch.no_grad()
+def sample(model: Denoiser, config: SampleConfig = SampleConfig(), watch: Watch | None = None) -> Samples:
+    """Samples of `model` as `config` asks; `watch` sees every event of every batch.
+
+    Raises ValueError for labels that are neither one nor as many as the samples, for guidance without a class, and for what
+    solver, grid and process refuse.
+    """
+    if len(config.label) not in (0, 1, config.count):
+        raise ValueError(f"label: {len(config.label)} classes for {config.count} samples; give one, or one for each")
+    if config.guidance != 1 and not config.label:
+        raise ValueError(f"guidance={config.guidance}: there is no class to be guided by; set label, or guidance=1")
+    weight = next(model.parameters())
+    process = model.process if config.process is None else cast(Process, cast(Any, config.process).build())
+    solver, grid = cast(Any, config.solver).build(), cast(Any, config.grid).build(process, config.steps).to(weight.device)
+    labels = list(config.label) * (config.count if len(config.label) == 1 else 1)
+    made, cost = [], Cost()
+    for first in range(0, config.count, config.batch):
+        rows = range(first, min(first + config.batch, config.count))
+        rng = CounterRng.seeded([config.seed + row for row in rows], weight.device)
+        x = start(process, grid, model.shape, rng, weight.dtype)
+        denoiser = _conditioned(model, process, labels[rows.start : rows.stop], config)
+        for event in denoise(denoiser, process, solver, grid, x, rng):
+            if watch is not None:
+                watch(event)
+        made.append(event.payload.x)
+        cost = cost + event.cost
+    return Samples(model.unnormed(torch.cat(made)), cost)
+
+
+def _conditioned(model: Denoiser, process: Process, labels: Sequence[int], config: SampleConfig) -> Denoise:
+    """The model as a denoiser of `process`, told the class of each row and guided by it."""
+    told = torch.tensor(labels, device=next(model.parameters()).device) if labels else None
+    given = model.denoiser(told, process)
+    if config.guidance == 1:
+        return given
+    if told is None or not model.classes:
+        raise ValueError(f"guidance={config.guidance}: this model tells no classes apart; set guidance=1")
+
+    def free(x: Tensor, t: Tensor) -> Any:
+        return model.denoiser(None, process)(x, t)
+
+    return Guided(given, free, process, config.guidance, config.interval or (0.0, float("inf")))

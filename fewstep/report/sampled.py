@@ -1,0 +1,80 @@
+"""Samples of a model of arrays, made and shown: the numbers, what they cost, and a picture. This file knows no solver by name."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.core.event import Cost, Event
+from fewstep.core.random import CounterRng
+from fewstep.decode.arrays import SampleConfig, Samples, sample
+from fewstep.decode.denoise import Sampled
+from fewstep.hub.arrays import load_arrays
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.flow import Flow
+from fewstep.report.pictures import write_animation, write_points, write_sheet
+
+
+def sample_here(source: str | Path, config: SampleConfig, out: Path, console: Console | None = None) -> Samples:
+    """Sample the model at `source` into the folder `out`: samples.safetensors, samples.json and a picture, where x can be one.
+
+    A denoiser's way from noise to data becomes an animation. Raises ValueError for a model, request or folder that will not do.
+    """
+    console, model, frames = console or Console(), load_arrays(source), list[Tensor]()
+
+    def watch(event: Event[Sampled]) -> None:
+        if len(frames) <= config.steps and isinstance(model, Denoiser):
+            frames.append(model.unnormed(event.payload.x))
+
+    made = sample(model, config, watch) if isinstance(model, Denoiser) else _in_one_pass(model, config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({"x": made.x.contiguous()}, out / "samples.safetensors")
+        told = {"model": str(source), "setting": config.model_dump(mode="json"), "cost": made.cost.as_dict()}
+        (out / "samples.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r}: cannot be written ({error}); choose another folder") from None
+    pictures = _draw(made.x, frames, out)
+    calls, seconds = made.cost.calls / len(made.x), made.cost.seconds
+    shape = tuple(made.x.shape[1:])
+    console.print(f"{len(made.x)} samples of {shape}: {calls:g} calls each, {seconds:.2f} s in all", soft_wrap=True)
+    console.print(", ".join(map(str, [out / "samples.safetensors", *pictures])), soft_wrap=True)
+    return made
+
+
+def _in_one_pass(flow: Flow, config: SampleConfig) -> Samples:
+    begun = time.perf_counter()
+    rows = range(config.seed, config.seed + config.count)
+    if config.label and not flow.config.context:
+        raise ValueError(f"label={list(config.label)}: this flow has no condition; leave it out")
+    c = None
+    if flow.config.context:
+        labels = torch.tensor(list(config.label) * (config.count if len(config.label) == 1 else 1), dtype=torch.int64)
+        if len(labels) != config.count or not 0 <= int(labels.min()) <= int(labels.max()) < flow.config.context:
+            top = flow.config.context - 1
+            raise ValueError(
+                f"label={list(config.label)}: this flow is conditional; give one class of 0 .. {top}, or one for each"
+            )
+        c = torch.nn.functional.one_hot(labels, flow.config.context).to(next(flow.parameters()))
+    x = flow.sample(CounterRng.seeded(list(rows)), c)
+    return Samples(x, Cost(calls=config.count, seconds=time.perf_counter() - begun, bytes=x.nbytes))
+
+
+def _draw(x: Tensor, frames: list[Tensor], out: Path) -> list[Path]:
+    """The pictures that x can be: points of a plane, or images whose levels span what was sampled."""
+    if x.ndim == 2 and x.shape[1] == 2:
+        write_points(x, out / "samples.png")
+        return [out / "samples.png"]
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        return []
+    low, high = (float(edge) for edge in x.quantile(torch.tensor([0.005, 0.995], dtype=x.dtype)))
+    high = max(high, low + 1e-6)
+    write_sheet(x, out / "samples.png", low, high)
+    if not frames:
+        return [out / "samples.png"]
+    write_animation(frames, out / "samples.gif", low, high)
+    return [out / "samples.png", out / "samples.gif"]
