@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from fewstep.nn.kernels.kernel import DTYPES, Kernel, default_kernel
 
 PANEL, ROWS, GRAIN, KEYS = 16, 12, 48, 192  # as in flash.c: what widths, queries and keys are padded to; keys of a tile
-UNITS = 8  # of backward: threads that share its work
+UNITS = 4  # of backward: threads that share its work, where heads are fewer; each holds gradients of all queries
 _Arrays = dict[str, Tensor | None]  # by the name of the field that points to them
 LIMIT = 2**31 - 1  # of a segment's number
 
