@@ -9,9 +9,9 @@ from html import escape
 from math import ceil, floor, log2, log10
 from typing import final
 
-from fewstep.report.svg import Axis
+from fewstep.report.svg import WIDTH, Axis, document, label
 
-_WIDTH, _TOP, _LINE, _CHARACTER = 720, 14, 15, 6.9  # pixels; lines of names are so far apart, and a character about so wide
+_TOP, _LINE, _CHARACTER = 14, 15, 6.9  # pixels; lines of names are so far apart, and a character about so wide
 
 
 @final
@@ -29,7 +29,7 @@ class Line:
 def lines(title: str, description: str, drawn: Sequence[Line], x_label: str, y_label: str) -> str:
     """The lines, their names in a column at the right where none covers another. x: a few powers of 2."""
     height = max(400, _LINE * len(drawn) + 100)
-    right = _WIDTH - 40 - _CHARACTER * max(len(line.name) for line in drawn)
+    right = WIDTH - 40 - _CHARACTER * max(len(line.name) for line in drawn)
     xs = sorted({x for line in drawn for x, _ in line.points})
     ys = [y for line in drawn for _, y in line.points]
     x_axis = Axis(x_label, log2(xs[0]) - 0.2, log2(xs[-1]) + 0.2, 66, right)
@@ -46,10 +46,9 @@ def lines(title: str, description: str, drawn: Sequence[Line], x_label: str, y_l
             f'<path class="lead" d="M{end_x:.1f} {end_y:.1f}L{right + 14:.1f} {place:.1f}"/>',
             f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in path)}"/>',
             *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in path),
-            f"{_text(line.name, right + 18, place + 4, 'start')}</g>",
+            f"{label(line.name, right + 18, place + 4, 'start')}</g>",
         ]
-    label = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{label}{"".join(parts)}</svg>'
+    return document(title, description, height, parts)
 
 
 def _apart(wanted: Sequence[float], top: float, bottom: float) -> list[float]:
@@ -68,8 +67,8 @@ def _x_grid(axis: Axis, y_axis: Axis, values: Sequence[float]) -> list[str]:
     for value in values:
         x = axis.at(log2(value))
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{y_axis.last}" x2="{x:.1f}" y2="{bottom}"/>')
-        parts.append(_text(f"{value:g}", x, bottom + 18, "middle", "tick"))
-    return [*parts, _text(axis.label, (axis.first + axis.last) / 2, bottom + 42, "middle", "label")]
+        parts.append(label(f"{value:g}", x, bottom + 18, "middle", "tick"))
+    return [*parts, label(axis.label, (axis.first + axis.last) / 2, bottom + 42, "middle", "label")]
 
 
 def _y_grid(axis: Axis, x_axis: Axis) -> list[str]:
@@ -77,7 +76,7 @@ def _y_grid(axis: Axis, x_axis: Axis) -> list[str]:
     for tick in _ticks(axis.start, axis.stop):
         y = axis.at(log10(tick))
         parts.append(f'<line class="grid" x1="{x_axis.first}" y1="{y:.1f}" x2="{x_axis.last:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(f"{tick:g}", x_axis.first - 8, y + 4, "end", "tick"))
+        parts.append(label(f"{tick:g}", x_axis.first - 8, y + 4, "end", "tick"))
     turn = f"translate(16 {(axis.first + axis.last) / 2:.1f}) rotate(-90)"
     return [*parts, f'<text class="label" text-anchor="middle" transform="{turn}">{escape(axis.label)}</text>']
 
@@ -87,7 +86,3 @@ def _ticks(start: float, stop: float) -> list[float]:
     steps = (1, 2, 5) if stop - start < 4 else (1,)
     values = [step * 10.0**power for power in range(floor(start), ceil(stop) + 1) for step in steps]
     return [value for value in values if start <= log10(value) <= stop]
-
-
-def _text(text: str, x: float, y: float, anchor: str, style: str = "") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -15,16 +15,10 @@ from typing import Any, Self, final
 from rich.console import Console
 
 from fewstep.core.recipe import Config
-from fewstep.models.decoder import Decoder
 from fewstep.report.claims.induction_heads import Marked
 from fewstep.report.claims.recall import Lists, decoder
-from fewstep.report.claims.tasks import Answers, answered
-from fewstep.report.claims.tuning import built
-from fewstep.training.optim import AdamWConfig
-from fewstep.training.plan import Budget, Plan, Run
-from fewstep.training.precision import PRECISIONS
-from fewstep.training.schedule import SCHEDULES
-from fewstep.training.trainer import Data, Trainer
+from fewstep.report.claims.tasks import answered, learned
+from fewstep.training.trainer import Data
 
 _ROWS, _LENGTH = 32, 32  # texts of a training step and tokens of a text
 _PAIRS, _VOCAB, _KINDS = 8, 64, 16
@@ -91,18 +85,10 @@ def asked(mixer: str, config: Config, task: str, steps: int, seed: int) -> Answe
     """Train a decoder of two layers, the second of the mixer `config`, on `task`; what it answers in fresh texts."""
     start, chosen = time.perf_counter(), TASKS[task]
     try:
-        network = _trained(config, chosen, steps, seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            sized = decoder(config).model_copy(update={"vocab": chosen.vocab})
+            network = learned(sized, chosen.texts(seed), steps, seed, Path(scratch), Console(quiet=True), log_every=steps)
         share = answered(network, chosen.texts(seed + 1))
     except ValueError as error:
         return Answer(mixer, task, steps, reason=str(error))
     return Answer(mixer, task, steps, share, time.perf_counter() - start, sum(each.numel() for each in network.parameters()))
-
-
-def _trained(mixer: Config, task: Task, steps: int, seed: int) -> Decoder:
-    network = built(decoder(mixer).model_copy(update={"vocab": task.vocab}), seed)
-    run = Run(seed=seed, validate_every=0, checkpoint_seconds=0, checkpoint_steps=0, log_every=steps, divergence=0)
-    optim = AdamWConfig(lr=5e-3, weight_decay=0.0)
-    plan = Plan(optim, SCHEDULES["wsd"](), PRECISIONS["fp32"](), Budget(steps=steps), run)
-    with tempfile.TemporaryDirectory() as scratch:
-        Trainer(network, Answers(), task.texts(seed), plan, Path(scratch), console=Console(quiet=True)).run()
-    return network.eval()

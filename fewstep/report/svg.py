@@ -11,7 +11,7 @@ from typing import final
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-_WIDTH, _MARGIN, _CHARACTER, _LINE = 720, 14, 6.9, 16  # pixels; a character of the 13-pixel font is about 6.9 wide
+WIDTH, _MARGIN, _CHARACTER, _LINE = 720, 14, 6.9, 16  # pixels; a character of the 13-pixel font is about 6.9 wide
 
 
 @final
@@ -56,7 +56,7 @@ def scatter(title: str, description: str, marks: Sequence[Mark], x_label: str, y
     height = 380
     lowest, highest = min(mark.low for mark in marks), max(mark.high for mark in marks)
     pad = max(0.6 * (highest - lowest), 0.05 * max(abs(lowest), abs(highest)), 1e-3)
-    x_axis = Axis(x_label, 0.0, x_stop, 66, _WIDTH - _MARGIN)
+    x_axis = Axis(x_label, 0.0, x_stop, 66, WIDTH - _MARGIN)
     y_axis = Axis(y_label, lowest - pad, highest + pad, height - 52, _MARGIN)
     parts = [*_x_grid(x_axis, y_axis.last, y_axis.first), *_y_grid(y_axis, x_axis.first, x_axis.last)]
     boxes = [(x_axis.at(m.x) - 8, y_axis.at(m.high) - 8, x_axis.at(m.x) + 8, y_axis.at(m.low) + 8) for m in marks]
@@ -70,15 +70,15 @@ def scatter(title: str, description: str, marks: Sequence[Mark], x_label: str, y
             f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{min(max(x, left), right):.1f}" y2="{near_y:.1f}"/>',
             f'<path class="whisker" d="M{x:.1f} {y_axis.at(mark.low):.1f}V{y_axis.at(mark.high):.1f}"/>',
             f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(tip)}</title></circle>',
-            _text(mark.name, (left + right) / 2, bottom - 4, "middle"),
+            label(mark.name, (left + right) / 2, bottom - 4, "middle"),
         ]
-    return _svg(title, description, height, parts)
+    return document(title, description, height, parts)
 
 
 def bars(title: str, description: str, marks: Sequence[Mark], x_label: str) -> str:
     """Horizontal bars of length `x` from 0, a whisker from `low` to `high`, the `note` at the end."""
     left = 18 + _CHARACTER * max(len(mark.name) for mark in marks)
-    right = _WIDTH - 26 - _CHARACTER * max(len(mark.note) for mark in marks)
+    right = WIDTH - 26 - _CHARACTER * max(len(mark.note) for mark in marks)
     height = 30 * len(marks) + 62
     axis = Axis(x_label, 0.0, max(mark.high for mark in marks) * 1.02 or 1.0, left, right)
     parts = _x_grid(axis, _MARGIN, height - 52)
@@ -86,23 +86,23 @@ def bars(title: str, description: str, marks: Sequence[Mark], x_label: str) -> s
         y = _MARGIN + 8 + 30 * index
         end, low, high = (axis.at(value) for value in (mark.x, mark.low, mark.high))
         parts += [
-            _text(mark.name, left - 8, y + 14, "end"),
+            label(mark.name, left - 8, y + 14, "end"),
             f'<rect class="{mark.style}" x="{left:.1f}" y="{y}" width="{max(0.0, end - left):.1f}" height="20" rx="2"/>',
             f'<path class="whisker" d="M{low:.1f} {y + 10}H{high:.1f}M{low:.1f} {y + 5}v10M{high:.1f} {y + 5}v10"/>',
-            _text(mark.note, max(end, high) + 8, y + 14, "start"),
+            label(mark.note, max(end, high) + 8, y + 14, "start"),
         ]
-    return _svg(title, description, height, parts)
+    return document(title, description, height, parts)
 
 
 def stacks(title: str, description: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
     """One bar per row, of the shares of its parts, each part with its number (from 1) where there is room."""
     left = 18 + _CHARACTER * max(len(name) for name, _ in rows)
     height = 30 * len(rows) + 62
-    axis = Axis(x_label, 0.0, 100.0, left, _WIDTH - 26)
+    axis = Axis(x_label, 0.0, 100.0, left, WIDTH - 26)
     parts = _x_grid(axis, _MARGIN, height - 52)
     for index, (name, shares) in enumerate(rows):
         y, start = _MARGIN + 8 + 30 * index, 0.0
-        parts.append(_text(name, left - 8, y + 14, "end"))
+        parts.append(label(name, left - 8, y + 14, "end"))
         for number, share in enumerate(shares, 1):
             x, width = axis.at(100 * start), axis.at(100 * (start + share)) - axis.at(100 * start)
             tip = f"{number} tokens: {100 * share:.1f}% of calls"
@@ -111,15 +111,15 @@ def stacks(title: str, description: str, rows: Sequence[tuple[str, Sequence[floa
                 f'height="20"><title>{tip}</title></rect>'
             )
             if width > 16:
-                parts.append(_text(str(number), x + width / 2, y + 14, "middle", "strong" if number > 2 else ""))
+                parts.append(label(str(number), x + width / 2, y + 14, "middle", "strong" if number > 2 else ""))
             start += share
-    return _svg(title, description, height, parts)
+    return document(title, description, height, parts)
 
 
 def curve(title: str, description: str, points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> str:
     """A line through `points`, its values written beside them; x is spaced by its logarithm in base 2."""
     height = 300
-    x_axis = Axis(x_label, 0.0, math.log2(points[-1][0]) or 1.0, 66, _WIDTH - 50)
+    x_axis = Axis(x_label, 0.0, math.log2(points[-1][0]) or 1.0, 66, WIDTH - 50)
     y_axis = Axis(y_label, 0.0, 1.15 * max(y for _, y in points), height - 52, _MARGIN)
     places = [(x_axis.at(math.log2(x)), y_axis.at(y)) for x, y in points]
     parts = _y_grid(y_axis, x_axis.first, x_axis.last)
@@ -127,19 +127,21 @@ def curve(title: str, description: str, points: Sequence[tuple[float, float]], x
     for (x, y), (value, ratio) in zip(places, points, strict=True):
         parts += [
             f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="4"/>',
-            _text(f"{ratio:.2f}", x, y - 10, "middle"),
-            _text(f"{value:g}", x, y_axis.first + 18, "middle", "tick"),
+            label(f"{ratio:.2f}", x, y - 10, "middle"),
+            label(f"{value:g}", x, y_axis.first + 18, "middle", "tick"),
         ]
-    parts.append(_text(x_label, (x_axis.first + x_axis.last) / 2, height - 10, "middle", "label"))
-    return _svg(title, description, height, parts)
+    parts.append(label(x_label, (x_axis.first + x_axis.last) / 2, height - 10, "middle", "label"))
+    return document(title, description, height, parts)
 
 
-def _svg(title: str, description: str, height: float, parts: Sequence[str]) -> str:
-    label = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{label}{"".join(parts)}</svg>'
+def document(title: str, description: str, height: float, parts: Sequence[str]) -> str:
+    """The `parts` of a chart as one inline image, with what a screen reader says of it."""
+    told = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{told}{"".join(parts)}</svg>'
 
 
-def _text(text: str, x: float, y: float, anchor: str, style: str = "") -> str:
+def label(text: str, x: float, y: float, anchor: str, style: str = "") -> str:
+    """`text` at a place; `anchor` says which of its ends is there, `style` is a class of the style sheet."""
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
@@ -148,8 +150,8 @@ def _x_grid(axis: Axis, top: float, bottom: float) -> list[str]:
     for tick in axis.ticks():
         x = axis.at(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>')
-        parts.append(_text(f"{tick:g}", x, bottom + 18, "middle", "tick"))
-    return [*parts, _text(axis.label, (axis.first + axis.last) / 2, bottom + 42, "middle", "label")]
+        parts.append(label(f"{tick:g}", x, bottom + 18, "middle", "tick"))
+    return [*parts, label(axis.label, (axis.first + axis.last) / 2, bottom + 42, "middle", "label")]
 
 
 def _y_grid(axis: Axis, left: float, right: float) -> list[str]:
@@ -157,7 +159,7 @@ def _y_grid(axis: Axis, left: float, right: float) -> list[str]:
     for tick in axis.ticks(5):
         y = axis.at(tick)
         parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-        parts.append(_text(f"{tick:g}", left - 8, y + 4, "end", "tick"))
+        parts.append(label(f"{tick:g}", left - 8, y + 4, "end", "tick"))
     middle = (axis.first + axis.last) / 2
     turned = (
         f'<text class="label" text-anchor="middle" transform="translate(16 {middle:.1f}) rotate(-90)">{escape(axis.label)}</text>'

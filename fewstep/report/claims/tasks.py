@@ -3,9 +3,8 @@
 All get the same number of steps, so that what they learn does not depend on the machine. This file knows no task and no mixer.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, final
+from typing import cast, final
 
 import torch
 from rich.console import Console
@@ -17,6 +16,7 @@ from fewstep.models.decoder import Decoder, DecoderConfig
 from fewstep.report.claims.claim import Bench
 from fewstep.report.claims.tuning import built, finished
 from fewstep.training.objectives.next_token import token_loss
+from fewstep.training.objectives.stateless import Stateless
 from fewstep.training.optim import AdamWConfig
 from fewstep.training.plan import Budget, Plan, Run
 from fewstep.training.precision import PRECISIONS
@@ -27,25 +27,15 @@ _HELD_OUT = 8  # batches that a trained decoder is asked
 
 
 @final
-class Answers:
+class Answers(Stateless):
     """The objective of a batch with `labels` [B,T] in its extras: the cross-entropy of what is asked for."""
+
+    name = "answers"
 
     def loss(self, model: nn.Module, batch: Batch, rng: Rng) -> Loss:
         network = cast(Decoder, model)
         value, accuracy, units = token_loss(network.unembed(network(batch.tokens).final), batch.extra["labels"])
         return Loss(value, int(units), {"accuracy": accuracy})
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to do."""
-
-    def validated(self, metrics: Mapping[str, float]) -> None:
-        """Nothing to learn from it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is none."""
 
 
 def trained(bench: Bench, config: DecoderConfig, task: Data, name: str) -> Decoder:
@@ -55,10 +45,12 @@ def trained(bench: Bench, config: DecoderConfig, task: Data, name: str) -> Decod
     return learned(config, task, effort.steps, effort.seed, bench.scratch / name, bench.console)
 
 
-def learned(config: DecoderConfig, task: Data, steps: int, seed: int, directory: Path, console: Console) -> Decoder:
+def learned(
+    config: DecoderConfig, task: Data, steps: int, seed: int, directory: Path, console: Console, log_every: int = 1
+) -> Decoder:
     """A decoder with weights drawn by `seed`, trained on `task`; the log and the last weights are in `directory`."""
     network = built(config, seed)
-    run = Run(seed=seed, validate_every=0, checkpoint_seconds=0, checkpoint_steps=0, log_every=1, divergence=0)
+    run = Run(seed=seed, validate_every=0, checkpoint_seconds=0, checkpoint_steps=0, log_every=log_every, divergence=0)
     optim = AdamWConfig(lr=5e-3, weight_decay=0.0)
     plan = Plan(optim, SCHEDULES["wsd"](), PRECISIONS["fp32"](), Budget(steps=steps), run)
     finished(Trainer(network, Answers(), task, plan, directory, console=console).run())

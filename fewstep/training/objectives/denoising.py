@@ -4,8 +4,7 @@ What sets them apart is the model's process and parameterisation. This file know
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, cast, final
+from typing import ClassVar, Literal, cast, final
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +16,7 @@ from fewstep.core.process import Process
 from fewstep.core.random import Rng
 from fewstep.core.recipe import Config
 from fewstep.models.denoiser import Denoiser
+from fewstep.training.objectives.stateless import Stateless
 
 _STEEPEST = 2 / (math.pi - 2)  # beyond it the mode's law runs backwards
 
@@ -72,12 +72,14 @@ class DenoisingConfig(Config):
 
 
 @final
-class Denoising:
+class Denoising(Stateless):
     """Reads `extra["x"]` [B,*shape] and, for a model with classes, `extra["c"]` [B,classes], one of them 1.
 
     Cost: one pass of the backbone; the optimal pairing B^3 operations on the host more (Tong et al. 2023, arXiv 2302.00482).
     Raises ValueError for a batch without "x" or without the classes that the model tells apart.
     """
+
+    name = DenoisingConfig.kind
 
     def __init__(self, config: DenoisingConfig) -> None:
         self.config = config
@@ -95,21 +97,6 @@ class Denoising:
         error = (output - example.target).square().flatten(1).mean(1)
         value = (example.weight * error).mean()
         return Loss(value, len(x_0), {"denoising": value.detach()})
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to do."""
-
-    def validated(self, metrics: Mapping[str, float]) -> None:
-        """Nothing to learn from it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(
-                f"objective state {sorted(state)}: denoising keeps none; the checkpoint belongs to another objective"
-            )
 
     def _labels(self, denoiser: Denoiser, batch: Batch, rng: Rng) -> Tensor | None:
         if not denoiser.classes:

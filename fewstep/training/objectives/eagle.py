@@ -3,7 +3,7 @@
 The trunk gets no gradient. This file knows decoders by their parallel pass, embedding and unembedding only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast, final
 
 import torch
@@ -18,6 +18,7 @@ from fewstep.models.decoder import Decoder
 from fewstep.nn.eagle import Eagle3Heads, EagleNetwork, pairs, spread
 from fewstep.training.objectives.ahead import HeadsObjectiveConfig
 from fewstep.training.objectives.next_token import labels, token_loss
+from fewstep.training.objectives.stateless import Stateless
 
 _LEVELS = 5  # that EAGLE-1, which is trained one level deep, is asked to foresee
 
@@ -58,12 +59,12 @@ class Eagle3Config(HeadsObjectiveConfig):
         return Eagle3(self)
 
 
-class _Objective:
+class _Objective(Stateless):
     """What both share: which heads they train, what these foresee, and that nothing is kept."""
 
     def __init__(self, name: str, levels: int) -> None:
         """`levels`: how deep the heads foresee."""
-        self._name, self._levels = name, levels
+        self.name, self._levels = name, levels
 
     def foresee(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:
         decoder = cast(Decoder, model)
@@ -72,25 +73,10 @@ class _Objective:
         for h in heads.unroll(features, batch.tokens, decoder.embed, ctx, self._levels):
             yield spread(heads.logits(h, decoder.unembed), heads.ids, heads.vocab)
 
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to do."""
-
-    def validated(self, metrics: Mapping[str, float]) -> None:
-        """Nothing to learn from it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(
-                f"objective state {sorted(state)}: {self._name} keeps none; the checkpoint belongs to another objective"
-            )
-
     def _heads(self, decoder: Decoder) -> EagleNetwork:
-        heads = decoder.heads.get(self._name)
+        heads = decoder.heads.get(self.name)
         if not isinstance(heads, EagleNetwork):
-            raise ValueError(f"objective={self._name}: the model has no such heads; set model.heads=['{self._name}']")
+            raise ValueError(f"objective={self.name}: the model has no such heads; set model.heads=['{self.name}']")
         return heads
 
 

@@ -1,7 +1,7 @@
 """Maximum likelihood: minus the log-density of the data, under any model that has one."""
 
 import math
-from typing import Any, ClassVar, cast, final
+from typing import ClassVar, cast, final
 
 from torch import nn
 
@@ -9,6 +9,7 @@ from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import Rng
 from fewstep.core.recipe import Config
 from fewstep.models.flow import Flow
+from fewstep.training.objectives.stateless import Stateless
 
 
 @final
@@ -23,8 +24,10 @@ class LikelihoodConfig(Config):
 
 
 @final
-class Likelihood:
+class Likelihood(Stateless):
     """Nats per row, with the noise the flow asks for. Cost: one pass of its bijections."""
+
+    name = LikelihoodConfig.kind
 
     def loss(self, model: nn.Module, batch: Batch, rng: Rng) -> Loss:
         flow = cast(Flow, model)
@@ -34,18 +37,3 @@ class Likelihood:
         value = -flow.log_prob(flow.corrupted(x, rng), c, rng).mean()
         nats = value.detach()
         return Loss(value, len(x), {"nats": nats, "bits_per_dim": nats / (flow.size * math.log(2))})
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to do."""
-
-    def validated(self, metrics: Any) -> None:
-        """Nothing to learn from it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(
-                f"objective state {sorted(state)}: likelihood keeps none; the checkpoint belongs to another objective"
-            )

@@ -3,7 +3,7 @@
 This file knows decoders by their parallel pass and unembedding only.
 """
 
-from typing import Any, ClassVar, cast, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import Rng
 from fewstep.core.recipe import Config
 from fewstep.models.decoder import Decoder
+from fewstep.training.objectives.stateless import Stateless
 
 IGNORED = -100  # the label that cross_entropy leaves out
 
@@ -48,26 +49,13 @@ def token_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @final
-class NextToken:
+class NextToken(Stateless):
     """The objective of a language model. Cost: one forward pass and one unembedding."""
+
+    name = NextTokenConfig.kind
 
     def loss(self, model: nn.Module, batch: Batch, rng: Rng) -> Loss:
         decoder = cast(Decoder, model)
         encoded = decoder(batch.tokens, batch.segments)
         value, accuracy, units = token_loss(decoder.unembed(encoded.final[:, :-1]), labels(batch, 1))
         return Loss(value, int(units), {"next_token": value.detach(), "accuracy": accuracy})
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to do."""
-
-    def validated(self, metrics: Any) -> None:
-        """Nothing to learn from it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(
-                f"objective state {sorted(state)}: next_token keeps none; the checkpoint belongs to another objective"
-            )
