@@ -161,14 +161,14 @@ class Largest(TorchDispatchMode):
 def test_memory_is_linear_in_the_length() -> None:
     """No tensor of T x T is ever made, forward or backward, nor kept in between."""
     largest, kept = {}, {}
-    for count in (1024, 2048):
+    for count in (256, 512):
         q, k, v = (torch.randn(1, 2, count, 8, requires_grad=True) for _ in range(3))
         bias, held = torch.randn(2, 2 * count - 1, requires_grad=True), []
         with Largest() as made, torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
-            y, _ = flash_attention(q, k, v, bias, causal=True, block=128)
+            y, _ = flash_attention(q, k, v, bias, causal=True, block=32)
             torch.autograd.grad(y.sum(), (q, k, v, bias))
         largest[count], kept[count] = made.numel, sum(x.numel() for x in held)
-    assert largest[2048] <= 2.1 * largest[1024] and kept[2048] <= 2.1 * kept[1024]
+    assert largest[512] <= 2.1 * largest[256] and kept[512] <= 2.1 * kept[256]
 
 
 @pytest.mark.parametrize(
