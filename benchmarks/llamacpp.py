@@ -9,7 +9,6 @@ those of the same weights in float32. Prints tables, writes runs/benchmarks/llam
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +42,8 @@ from fewstep.models.weights import distinct
 from fewstep.nn.packed import pack
 from fewstep.report.contest import PLAIN, Contestant, Lap, Ours, RaceConfig, Record, Spread, compete, entrants
 from fewstep.report.costs import call_seconds, cpu_name
+from fewstep.report.process import Process
+from fewstep.report.process import serve as answer
 from fewstep.report.prompts import prompts_for
 from fewstep.text.tokenizer import Tokenizer
 
@@ -199,31 +200,9 @@ class Engine:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Answer requests, a JSON object with the method and its arguments a line, until there are no more."""
+    """What the other process does."""
     engine = Engine(options.serve, options.threads)
-    for line in sys.stdin:
-        request = json.loads(line)
-        method = {"generate": engine.generate, "logits": engine.logits, "seconds": engine.seconds}[request.pop("do")]
-        print(json.dumps(method(**request)), flush=True)
-
-
-@final
-class Peer:
-    """The other process, from here."""
-
-    def __init__(self, gguf: Path, threads: int) -> None:
-        command = [sys.executable, __file__, "--serve", str(gguf), "--threads", str(threads)]
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, **streams, text=True, bufsize=1)
-
-    def ask(self, do: str, arguments: Mapping[str, Any]) -> Any:
-        """The answer of the engine's method `do`. Raises RuntimeError when the process has ended."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{LIBRARY} ended with exit code {self.process.wait()} at {do}")
-        return json.loads(answer)
+    answer({"generate": engine.generate, "logits": engine.logits, "seconds": engine.seconds})
 
 
 @final
@@ -232,7 +211,7 @@ class Theirs:
 
     library = LIBRARY
 
-    def __init__(self, peer: Peer, drafts: int, tokens: int) -> None:
+    def __init__(self, peer: Process, drafts: int, tokens: int) -> None:
         self.name = f"prompt lookup {drafts}" if drafts else PLAIN
         self._peer, self._drafts, self._tokens = peer, drafts, tokens
 
@@ -243,7 +222,7 @@ class Theirs:
 
 
 @torch.inference_mode()
-def agreement(target: Target, exact: Target, peer: Peer, prompt: Sequence[int]) -> dict[str, float]:
+def agreement(target: Target, exact: Target, peer: Process, prompt: Sequence[int]) -> dict[str, float]:
     """How far the logits after each token of `prompt` lie from those of `exact`, the same weights in float32, at most.
 
     `scale`: their root mean square. `same_*`: the share of positions with the same likeliest token.
@@ -263,7 +242,9 @@ def agreement(target: Target, exact: Target, peer: Peer, prompt: Sequence[int]) 
     return known
 
 
-def time_calls(target: Target, peer: Peer, prompt: Sequence[int], rounds: int) -> list[tuple[dict[int, float], dict[int, float]]]:
+def time_calls(
+    target: Target, peer: Process, prompt: Sequence[int], rounds: int
+) -> list[tuple[dict[int, float], dict[int, float]]]:
     """Median seconds of our calls and theirs on n tokens after `prompt`, by n, in alternating rounds."""
     taken = []
     for _ in range(rounds):
@@ -286,7 +267,7 @@ def made(name: str, count: int) -> tuple[Model, list[list[int]]]:
     return Model(config.build().to(torch.bfloat16), None), torch.randint(config.vocab, (count, PROMPT)).tolist()
 
 
-def contestants(model: Model, name: str, peer: Peer, config: RaceConfig) -> list[Contestant]:
+def contestants(model: Model, name: str, peer: Process, config: RaceConfig) -> list[Contestant]:
     """Plain decoding of both sides and, on text, every drafter of ours and as many prompt lookups, of 2 tokens up, of theirs.
 
     Sides alternate without exception: a process that idled while the other ran starts slower, which must meet all alike.
@@ -308,8 +289,7 @@ def race(name: str, options: argparse.Namespace, console: Console) -> dict[str, 
         gguf = Path(folder) / "model.gguf"
         write_gguf(model, gguf)
         pack(model.network)
-        peer = Peer(gguf, torch.get_num_threads())
-        with peer.process:
+        with Process([sys.executable, __file__, "--serve", str(gguf), "--threads", str(torch.get_num_threads())]) as peer:
             same = agreement(model.network, exact, peer, prompts[0])
             del exact
             calls = time_calls(model.network, peer, prompts[0], options.rounds)

@@ -71,8 +71,8 @@ def locate(source: str | Path) -> Path:
 
 
 def shipped() -> Mapping[str, Path]:
-    """The directories of the models that come with the library, by name."""
-    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{RECIPE}"))}
+    """The directories of the models, and of heads for them, that come with the library, by name."""
+    return {path.parent.name: path.parent for file in (RECIPE, HEADS) for path in sorted(SHIPPED.glob(f"*/{file}"))}
 
 
 def newest(run: Path) -> Path:

@@ -63,6 +63,12 @@ WITH_HEADS: Mapping[str, HeadsDrafterConfig] = {  # that come in a folder of the
     "eagle2": Eagle2Config(),
     "eagle3": Eagle3Config(),
 }
+SHIPPED: Mapping[str, DrafterConfig] = {  # heads that come with the library, beside their target
+    "medusa": MedusaConfig(path="code-nano-medusa"),
+    "eagle": EagleConfig(path="code-nano-eagle"),
+    "eagle2": Eagle2Config(path="code-nano-eagle"),
+    "eagle3": Eagle3Config(path="code-nano-eagle3"),
+}
 # The test of bits: windows of held-out text, their shortest and longest, every which of them alone, the others in batches of 16.
 # Its settings are FEWSTEP_PROMPTS, how many windows, and FEWSTEP_HEADS, a folder of heads by kind.
 BITS, BITS_NEW = int(os.environ.get("FEWSTEP_PROMPTS", "1000")), 24
@@ -111,7 +117,7 @@ def continued(
 def test_every_registered_drafter_is_here() -> None:
     heads = {kind for kind, config in DRAFTERS.items() if issubclass(config, HeadsDrafterConfig)}
     here = {config.kind for config in SPECULATIVE.values()} | {SilentConfig.kind}
-    assert here == set(DRAFTERS) - heads | {MultiTokenConfig.kind}, "the other heads are not shipped"
+    assert here == set(DRAFTERS) - heads | {MultiTokenConfig.kind}, "the other heads lie beside the model"
     assert {config.kind for config in WITH_HEADS.values()} == heads - {MultiTokenConfig.kind}
 
 
@@ -126,6 +132,12 @@ def test_four_prompts_go_on_alike(prompts: list[list[int]], near: Decoder, dtype
         found = continued(model, config, draft, texts, 24)
         assert [row.tokens for row in found] == [row.tokens for row in expected], name
         if name.startswith(("mtp", "draft")):  # the others depend on the text
+            assert sum(map(sum, (row.accepted for row in found))) > 20, name
+    fetch = companion(model)
+    for name, config in SHIPPED.items():
+        found = decode(model.network, config.build(model.network, fetch), texts, Settings(24))
+        assert [row.tokens for row in found] == [row.tokens for row in expected], name
+        if name != "medusa":  # its heads agree with the target in a fifth of places
             assert sum(map(sum, (row.accepted for row in found))) > 20, name
 
 
