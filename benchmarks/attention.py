@@ -3,9 +3,9 @@
     python benchmarks/attention.py [--threads 2] [--length 2048] [--heads 4] [--rounds 3] [--out runs/attention.json]
 
 The math path is `scaled_dot_product_attention` under SDPBackend.MATH, told by a mask of numbers what to hide. Whatever makes that
-mask from a bias by distance or from segments is part of its time, since it is part of what flash attention does without. "twin"
-is fewstep's own tile by tile form in PyTorch's operators. Contestants take turns. Memory is what forward and backward add to the
-peak of a process of their own.
+mask from a bias by distance or from segments is part of its time, since it is part of what flash attention does without. "fused"
+is the same function choosing for itself, with zeros where widths differ; "twin" is fewstep's own tile by tile form in PyTorch's
+operators. Contestants take turns. Memory is what forward and backward add to the peak of a process of their own.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from fewstep.nn.flash import flash_attention, flash_tiles
 from fewstep.nn.kernels.kernel import default_kernel
@@ -74,6 +74,22 @@ def twin(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Te
 
 def math_path(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """PyTorch's, all scores at once."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask_of(case, q, bias), enable_gqa=case.groups > 1)
+
+
+def fused(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's as it chooses itself: tile by tile, but for a learned bias; widths are made equal by zeros."""
+    apart = k.shape[3] - v.shape[3]
+    q, k, v = pad(q, (0, max(0, -apart))), pad(k, (0, max(0, -apart))), pad(v, (0, max(0, apart)))
+    plain, scale = case.causal and bias is None and case.sequences == 1, 64**-0.5
+    mask = None if plain else mask_of(case, q, bias)
+    y = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=case.groups > 1)
+    return y[..., : case.values]
+
+
+def mask_of(case: Case, q: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What is added to the scores, all of it."""
     length, segments = q.shape[2], case.segments(q.shape[2])
     order = torch.arange(length)
     if bias is not None and bias.ndim == 2:
@@ -84,11 +100,10 @@ def math_path(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
         hidden = apart if hidden is None else hidden | apart
     if hidden is not None:
         bias = (torch.zeros(length, length) if bias is None else bias).masked_fill(hidden, -torch.inf)
-    with sdpa_kernel(SDPBackend.MATH):
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=case.groups > 1)
+    return bias
 
 
-CONTESTANTS: Mapping[str, Attention] = MappingProxyType({"fewstep": flash, "math": math_path, "twin": twin})
+CONTESTANTS: Mapping[str, Attention] = MappingProxyType({"fewstep": flash, "math": math_path, "fused": fused, "twin": twin})
 
 
 def drawn(case: Case, length: int, heads: int) -> tuple[list[Tensor], Tensor]:
@@ -195,7 +210,8 @@ def race(length: int, heads: int, rounds: int) -> list[dict[str, Any]]:
         line = f"{case.name:38}"
         for pass_ in ("forward", "both"):
             ours = result["fewstep"][pass_]["median"]
-            ratios = "".join(f"  {name} {result[name][pass_]['median'] / ours:5.2f}x" for name in ("math", "twin"))
+            others = (name for name in CONTESTANTS if name != "fewstep")
+            ratios = "".join(f"  {name} {result[name][pass_]['median'] / ours:5.2f}x" for name in others)
             line += f" | {ours * 1e3:7.1f} ms{ratios}"
         print(line, flush=True)
         records.append({"case": case.name, "difference": difference, **result})

@@ -41,8 +41,19 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+def systems(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Which position encoding goes with which mixer, and why not.")] = False,
+    out: Annotated[Path, typer.Option(help="The JSON file that --matrix writes.")] = Path("runs/matrix.json"),
+) -> None:
     """List the techniques: name, year, paper, file, recipe, last measured claim."""
+    if matrix:
+        from fewstep.report.matrix import encoding_matrix, text, write
+
+        cells = encoding_matrix()
+        write(cells, out)
+        typer.echo(json.dumps(cells, indent=2) if as_json else f"{text(cells)}\n{out}")
+        return
     from fewstep.report.systems import show, systems_table
 
     rows = systems_table()
@@ -92,6 +103,36 @@ def generate(
 
 
 @app.command()
+def fill(
+    model: ModelName,
+    text: Annotated[
+        list[str], typer.Argument(help="Texts with gaps: <gap:8> of 8 tokens, <gap> of --length; none: one at the end.")
+    ],
+    length: Annotated[int, typer.Option(help="Tokens of a gap that names no number.")] = 32,
+    order: Annotated[str, typer.Option(help="Which gaps first: auto, or a name of `fewstep systems`, e.g. threshold.")] = "auto",
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    steps: Annotated[int | None, typer.Option(help="Steps for each block; default: one a position.")] = None,
+    block: Annotated[int | None, typer.Option(help="Positions filled together; default: as the model attends.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    set_: Set = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print what each text cost.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Threads = 0,
+) -> None:
+    """Fill gaps in any order with a masked or block diffusion model. --set takes order.FIELD, guidance, attends, ..."""
+    from fewstep.hub.load import load
+    from fewstep.report.filled import print_filling
+
+    _use(threads)
+    fields = _fields(set_)
+    ordering = {"kind": order, "temperature": temperature, **_within("order", fields)}
+    asked = {"steps": steps, "block": block, "seed": seed, **fields}
+    texts = [sys.stdin.read() if each == "-" else each for each in text]
+    print_filling(load(model, device=device, dtype=dtype), texts, length, ordering, asked, stats=stats)
+
+
+@app.command()
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or run folder of arrays: a denoiser or a flow.")],
     count: Annotated[int, typer.Option("--count", "-n", help="Samples to make.")] = 64,
@@ -104,6 +145,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="The folder for samples.safetensors, samples.json and the pictures.")] = Path(
         "runs/sample"
     ),
+    animation: Annotated[str, typer.Option(help="How the way from noise to data is written: gif or webp.")] = "gif",
     threads: Threads = 0,
 ) -> None:
     """Sample images or points. --set takes grid, process and the other fields, e.g. --set process=vp, --set grid.rho=5."""
@@ -116,7 +158,7 @@ def sample(
     kinds = {"solver": solver, "grid": fields.pop("grid", "karras"), "process": fields.pop("process", None)}
     parts = {name: {"kind": kind, **_within(name, fields)} for name, kind in kinds.items() if kind}
     asked = {"count": count, "steps": steps, "label": tuple(label or ()), "guidance": guidance, "seed": seed}
-    sample_here(model, parse(SampleConfig, {**asked, **parts, **fields}), out)
+    sample_here(model, parse(SampleConfig, {**asked, **parts, **fields}), out, animation=animation)
 
 
 @app.command()
@@ -266,6 +308,45 @@ def race_mixers(
     _use(threads)
     equal = {"mixers": tuple(mixer or ()), "length": length, "width": width, "heads": heads, "rounds": rounds, "limit": limit}
     race_mixers_here(parse(MixerRaceConfig, {**equal, "quality": quality, "steps": steps, "seed": seed}), out)
+
+
+@race_app.command("images")
+def race_images(
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods, e.g. edm-heun; may be repeated.")] = None,
+    ground: Annotated[list[str] | None, typer.Option(help="Only these data: ring, moons, checkerboard, digits.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the training and fewer samples: 15 minutes.")] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, data and samples.")] = 0,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option(help="The folder for race.json, the page, networks and pictures.")] = Path(
+        "runs/race-images"
+    ),
+) -> None:
+    """Race models of points and images: likelihood, distance from data, calls and seconds. --set takes minutes, seeds, ..."""
+    from fewstep.core.recipe import parse
+    from fewstep.report.images_race import QUICK, ImageRaceConfig, race_images_here
+
+    asked = {"methods": tuple(method or ()), "grounds": tuple(ground or ()), "seed": seed}
+    race_images_here(parse(ImageRaceConfig, {**asked, **(QUICK if quick else {}), **_fields(set_)}), out)
+
+
+@race_app.command("text")
+def race_text(
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods, e.g. block-4; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the training, fewer texts and fewer ways to write.")] = False,
+    judge: Annotated[str, typer.Option(help="The autoregressive model that judges what was written.")] = "code-nano",
+    seed: Annotated[int, typer.Option(help="Of weights, batches and texts.")] = 0,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option(help="The folder for race.json, the page and the networks.")] = Path("runs/race-text"),
+    threads: Threads = 0,
+) -> None:
+    """Race models of text after equal training: bits, quality, calls and seconds. --set takes tokens, seconds, width, ..."""
+    from fewstep.core.recipe import parse
+    from fewstep.report.text_methods import TextRaceConfig
+    from fewstep.report.text_race import QUICK, race_text_here
+
+    _use(threads)
+    asked = {"methods": tuple(method or ()), "judge": judge, "seed": seed}
+    race_text_here(parse(TextRaceConfig, {**asked, **(QUICK if quick else {}), **_fields(set_)}), out)
 
 
 @app.command()

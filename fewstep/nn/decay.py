@@ -56,6 +56,17 @@ def advance(k: Tensor, v: Tensor, log_a: Tensor | None, carry: Tensor, real: Ten
     return carry + k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
 
 
+def swept(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, place: Tensor) -> Tensor | None:
+    """What `sweep` finds from the empty state [B,T,H,E] where Triton's kernel does it; None elsewhere.
+
+    Each token stands at `place` [B,T] of its own sequence.
+    """
+    if fused(q, k, v) is None:
+        return None
+    empty = v.new_zeros(q.shape[0], *q.shape[2:], v.shape[3])
+    return sweep(q, k, v, log_a, empty, place == 0)[0]
+
+
 def sweep(
     q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, begins: Tensor | None = None, *, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,8 @@ def flash_attention(
     Raises: ValueError for shapes that do not fit.
 
     Cost: 2 B H T S (E + F) multiply-adds, 2.5 times that backward, but for tiles of which nothing is seen; memory beyond the
-        arguments' own B H (T (E + F) + block^2) numbers, with the kernel a few times B H (T + S) (E + F). Gradients of all
-        tensors, of the logarithms too; none of gradients.
+        arguments' own B H (T (E + F) + block^2) numbers; with the kernel outputs, gradients in float32 and a few tiles a thread.
+        Gradients of all tensors, of the logarithms too; none of gradients.
     Source: Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4; one division at the end, queries outside: arXiv 2307.08691.
     """
     _check(q, k, v, bias, segments)
@@ -57,7 +57,7 @@ def flash_attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if gpu := fused(q, k, v):
         return gpu.flash_attention(q, k, v, bias, segments=segments, causal=causal, scale=scale)
-    if takes(q, segments):
+    if takes(q, k, v, segments):
         return flash(q, k, v, bias, segments, causal, scale)
     return flash_tiles(q, k, v, bias, segments, causal, scale, block)
 

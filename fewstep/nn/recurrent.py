@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fewstep.core.mixer import Aux, Causal, Context
+from fewstep.core.position import Shared
 from fewstep.nn.masks import places
 from fewstep.nn.slots import Slots
 
@@ -115,7 +116,7 @@ class Recurrent(nn.Module, ABC):
     `reach`: how many earlier tokens show something that a token's inputs are made of (a short convolution, a token shift).
     `shows`: which of their features. `chunk`: tokens that are read at once; the forms agree whatever it is. Cost: as `read` and
     `advance` over chunks; a cached call reads all pending nodes, since they may be anybody's ancestors.
-    `ctx.shared` keys: ("recurrent", ...), what layers know alike of the pending nodes.
+    `ctx.shared` keys: ("recurrent", ...), what layers know alike of the pending nodes and of positions.
     """
 
     modes = frozenset({"causal"})
@@ -133,6 +134,10 @@ class Recurrent(nn.Module, ABC):
         """What tokens put in, each [B,T,...], from their `features` [B,T,F], what the `reach` tokens before each show [B,T,R,S]
         (the nearest last; zeros before the first) and their positions [B,T]."""
 
+    def turned(self, inputs: Inputs, positions: Tensor, shared: Shared) -> Inputs:
+        """`inputs` as a position encoding turns them, with the tables that the layers of a call have in `shared`."""
+        return inputs
+
     @abstractmethod
     def begin(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Carry:
         """The empty state: zeros or what stands for them, of float32 or wider."""
@@ -147,6 +152,13 @@ class Recurrent(nn.Module, ABC):
     @abstractmethod
     def advance(self, carry: Carry, inputs: Inputs, real: Tensor) -> Carry:
         """The state after a chain of at most `chunk` tokens, of which only the `real` [B,T] are there (in any pattern)."""
+
+    def swept(self, inputs: Inputs, place: Tensor) -> Tensor | None:
+        """[B,T,...] what `read` makes of whole sequences from the empty state, where a kernel does so at once; None: elsewhere.
+
+        Each token stands at `place` [B,T] of its own sequence.
+        """
+        return None
 
     @abstractmethod
     def finish(self, y: Tensor, features: Tensor) -> Tensor:
@@ -170,19 +182,24 @@ class Recurrent(nn.Module, ABC):
         place = torch.arange(count, device=x.device).expand(batch, -1) if segments is None else places(segments)
         features = self.features(x)
         before = self._before_each(self._shown(features), None if segments is None else place)
-        inputs, outputs = self.inputs(features, before, ctx.positions), []
-        carry = self.begin(batch, x.device, x.dtype)
+        inputs = self.turned(self.inputs(features, before, ctx.positions), ctx.positions, _tables(ctx))
+        y = self.swept(inputs, place)
+        return self.finish(self._chunk_by_chunk(inputs, place, ctx, x) if y is None else y, features), {}
+
+    def _chunk_by_chunk(self, inputs: Inputs, place: Tensor, ctx: Context, x: Tensor) -> Tensor:
+        """What `swept` gives, for activations `x`."""
+        outputs, carry = [], self.begin(x.shape[0], x.device, x.dtype)
         key = ("recurrent", "runs", self.chunk, *place.shape)
         if key not in ctx.shared:
             ctx.shared[key] = [_run(here) for here in place.split(self.chunk, 1)]
         pieces = zip(*(part.split(self.chunk, 1) for part in inputs), strict=True)
         for i, (piece, (links, real, restart)) in enumerate(zip(pieces, ctx.shared[key], strict=True)):
             outputs.append(self.read(carry, piece, links))
-            if (i + 1) * self.chunk < count:
-                if segments is not None:
-                    carry = _where(restart, self.begin(batch, x.device, x.dtype), carry)
+            if (i + 1) * self.chunk < x.shape[1]:
+                if ctx.segments is not None:
+                    carry = _where(restart, self.begin(x.shape[0], x.device, x.dtype), carry)
                 carry = self.advance(carry, piece, real)
-        return self.finish(torch.cat(outputs, 1), features), {}
+        return torch.cat(outputs, 1)
 
     def extend(self, x: Tensor, ctx: Context, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         self._check(ctx)
@@ -192,6 +209,7 @@ class Recurrent(nn.Module, ABC):
         known = torch.cat([earlier[0], shown], 1) if earlier else shown
         positions = slots.index[:, -count:] if ctx.positions is None else ctx.positions
         inputs = self.inputs(features, self._before(known, state.tail, ctx, slots, count), positions)
+        inputs = self.turned(inputs, positions, _tables(ctx))
         if earlier:
             inputs = tuple(torch.cat(pair, 1) for pair in zip(earlier[1:], inputs, strict=True))
         if slots.pending == count > self.chunk and _straight(slots):
@@ -245,6 +263,12 @@ class Recurrent(nn.Module, ABC):
         if type(ctx.mask) not in self.masks:
             kind = type(self).__name__
             raise ValueError(f"mask={type(ctx.mask).__name__}: {kind} is causal and takes Causal alone; choose one of Causal")
+
+
+def _tables(ctx: Context) -> Shared:
+    """Where encodings keep the tables of a call, apart from those of attention, which are as narrow as the activations."""
+    tables: Shared = ctx.shared.setdefault(("recurrent", "positions"), {})
+    return tables
 
 
 def _table(ctx: Context, slots: Slots, count: int) -> Slots:

@@ -3,7 +3,9 @@
 This file knows neither by name. The laws hold every pair that works to be right (`tests/laws/test_position.py`).
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,8 @@ from fewstep.nn.position import POSITIONS
 
 TESTED = "tested"
 UNUSED = "unused: the mixer orders tokens by itself and leaves the encoding to other layers"
+Matrix = Mapping[str, Mapping[str, str]]  # cells by encoding and mixer
+
 _WIDTH, _HEADS, _TOKENS = 16, 4, 6
 
 
@@ -24,17 +28,42 @@ def encoding_matrix() -> dict[str, dict[str, str]]:
         return {encoding: {mixer: _cell(encoding, mixer) for mixer in MIXERS} for encoding in POSITIONS}
 
 
-def markdown(matrix: Mapping[str, Mapping[str, str]]) -> str:
+def markdown(matrix: Matrix) -> str:
     """The matrix as a table, encodings down and mixers across; the reasons stand below it, numbered."""
-    mixers = list(next(iter(matrix.values())))
-    lines = [f"| encoding | {' | '.join(mixers)} |", "|" + "---|" * (len(mixers) + 1)]
+    rows, reasons = _marked(matrix, lambda i: f"({i + 1})")
+    lines = [f"| encoding | {' | '.join(_mixers(matrix))} |", "|" + "---|" * (len(_mixers(matrix)) + 1)]
+    lines += [f"| {encoding} | {' | '.join(row)} |" for encoding, row in rows.items()]
+    return "\n".join([*lines, "", *(f"- {mark} {reason}" for mark, reason in reasons.items())])
+
+
+def text(matrix: Matrix) -> str:
+    """The same for a terminal: names of mixers run down, so that a column is as narrow as its marks."""
+    rows, reasons = _marked(matrix, lambda i: chr(ord("a") + i))
+    width, high = max(map(len, matrix)), max(map(len, _mixers(matrix)))
+    heads = zip(*(name.rjust(high) for name in _mixers(matrix)), strict=True)
+    lines = [f"{'':{width}} {' '.join(letters)}".rstrip() for letters in heads]
+    lines += [f"{encoding:{width}} {' '.join(row)}" for encoding, row in rows.items()]
+    return "\n".join([*lines, "", *(f"{mark} {reason}" for mark, reason in reasons.items())])
+
+
+def write(matrix: Matrix, path: Path) -> None:
+    """The matrix as JSON: for each encoding and each mixer the cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(matrix, indent=1), encoding="utf-8")
+
+
+def _mixers(matrix: Matrix) -> list[str]:
+    return list(next(iter(matrix.values())))
+
+
+def _marked(matrix: Matrix, mark: Callable[[int], str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """A mark for each cell of each encoding, and what each mark stands for; refusals have the marks 0, 1, ..."""
     marks = {TESTED: "✓", UNUSED: "–"}
+    rows: dict[str, list[str]] = {}
     for encoding, row in matrix.items():
         told = [cell.replace(f"position={encoding!r}: ", "").replace(mixer, "it", 1) for mixer, cell in row.items()]
-        for reason in told:
-            marks.setdefault(reason, f"({len(marks) - 1})")
-        lines.append(f"| {encoding} | {' | '.join(marks[reason] for reason in told)} |")
-    return "\n".join([*lines, "", *(f"- {mark} {reason}" for reason, mark in marks.items())])
+        rows[encoding] = [marks.setdefault(reason, mark(len(marks) - 2)) for reason in told]
+    return rows, {mark: reason for reason, mark in marks.items()}
 
 
 def _cell(encoding: str, mixer: str) -> str:

@@ -307,11 +307,11 @@ def _table(race: MixerRace) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("", no_wrap=True)
     for column in (*WORKS, "state", *TASKS):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", min_width=6, overflow="fold")
     for name in race.names:
         state = race.states.get(name, {}).get(length)
         row = [_told(race.costs.get((name, work, length))) for work in WORKS]
-        row.append(f"{state / 1e3:.1f} kB" if state else "-")
+        row.append(f"{_short(state / 1e3)} kB" if state else "-")
         for task in TASKS:
             answer = race.answers.get((name, task))
             row.append("-" if answer is None or answer.share is None else f"{answer.share:.2f}")
@@ -323,4 +323,9 @@ def _told(cell: Cell | None) -> str:
     if cell is None or cell.reason:
         return "-"
     speed = cell.speed_over_softmax
-    return f"{1e3 * cell.median:.2f}" + (f" ({speed.median:.2f})" if speed else "")
+    return _short(1e3 * cell.median) + (f" ({speed.median:.2f})" if speed else "")
+
+
+def _short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"

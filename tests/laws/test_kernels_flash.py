@@ -67,7 +67,7 @@ def test_equals_the_float64_twin_and_so_do_the_gradients(
     segments = segments_for(sight, sizes)
     for shape in BIASES:
         inputs = drawn(sizes, shape)
-        assert takes(inputs[0], segments)
+        assert takes(*inputs[:3], segments)
         weights = [torch.randn(*sizes[:2], sizes[3], sizes[6]), torch.randn(*sizes[:2], sizes[3])]
         found = with_gradients(inputs, weights, segments, causal)
         wanted = with_gradients([x.double() for x in inputs], weights, segments, causal)
@@ -122,7 +122,8 @@ def test_bfloat16_is_computed_in_float32(kernel_path: str) -> None:
 def test_numbers_of_segments_that_do_not_fit_are_the_twins(kernel_path: str) -> None:
     q, k, v = drawn((1, 1, 1, 5, 5, 4, 4))
     segments = torch.tensor([[0, 0, 2**32, 2**32, 2**32]])
-    assert not takes(q, (segments, segments)) and not takes(q.double(), None) and takes(q, None)
+    assert not takes(q, k, v, (segments, segments)) and takes(q, k, v, None)
+    assert not takes(q.double(), k.double(), v.double(), None) and not takes(q, k.bfloat16(), v, None)
     y, _ = flash_attention(q, k, v, segments=segments)
     few, _ = flash_attention(q, k, v, segments=segments.clamp(max=1))
     torch.testing.assert_close(y, few)

@@ -2,13 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fewstep.core.mixer import Context
 from fewstep.nn import decay, flash
 from fewstep.nn.kernels.scan import selective_blocks
+from fewstep.nn.mixers import MIXERS
+from fewstep.nn.position import RopeConfig
 from fewstep.nn.triton import Kernels, fused, load
 
 pytest.importorskip("triton", reason="Triton is not installed; install fewstep[gpu]")
@@ -135,6 +139,23 @@ def test_linear_attention(kernels: Kernels, count: int, widths: tuple[int, int],
         lambda q, k, v, start, log_a=None: decay.sweep(q, k, v, log_a, start, begins),
         given,
     )
+
+
+@pytest.mark.parametrize("kind", ["linear", "retnet", "mamba2"])
+def test_mixers_sweep(kernels: Kernels, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole packed sequences of a mixer in float32 by the kernel, beside chunk after chunk in float64."""
+    module: Any = MIXERS[kind]().build(width=8, heads=1, position=RopeConfig().build(head_width=8))
+    places, segments = torch.arange(19).unsqueeze(0), torch.tensor([[0] * 7 + [1] * 12])
+    x, weight = torch.randn(2, 1, 19, 8)
+    both = []
+    for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
+        module, given = module.to(device, dtype), x.to(device, dtype).requires_grad_()
+        y, _ = module(given, Context(places.to(device), segments=segments.to(device)))
+        found = [y, *torch.autograd.grad((y * weight.to(y)).sum(), [given, *module.parameters()])]
+        both.append([part.detach().cpu().double() for part in found])
+        monkeypatch.setattr(decay, "fused", lambda *_: kernels)
+    for wanted, found in zip(*both, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * max(1.0, float(wanted.abs().max())))
 
 
 @pytest.mark.parametrize(("count", "width", "states", "packed"), [(1, 1, 1, False), (19, 5, 2, True), (9, 3, 3, False)])

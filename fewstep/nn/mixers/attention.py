@@ -1,23 +1,23 @@
-"""Softmax attention: grouped queries, optional query-key norm and sliding window, through PyTorch's fused kernel.
+"""Softmax attention: grouped queries, optional query-key norm and sliding window.
 
-This file knows no position encoding but its contract, and keeps keys already rotated. Encodings that bias the scores stay with
-PyTorch's fused kernel, with a mask of numbers; those that also read the weights have them computed.
+This file knows no position encoding but its contract, and keeps keys already rotated. Which kernel attends over whole sequences
+is told by `attention_whole`; encodings that read the weights have them computed.
 """
 
+from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from fewstep.core.mixer import Aux, Causal, Context, Dense, Full, Window
+from fewstep.core.mixer import Aux, Blocks, Causal, Context, Dense, Full, Mask, Window
 from fewstep.core.position import NoPosition, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import kernels
-from fewstep.nn.masks import allowed
+from fewstep.nn.mixers.attention_whole import fused_attention, whole_attention
 from fewstep.nn.mixers.placed import cached_places, own_places, placed_attention
-from fewstep.nn.mixers.scores import additive
+from fewstep.nn.mixers.scores import cached_bias, cached_visible, parallel_seen
 from fewstep.nn.slots import Slots
 
 
@@ -117,9 +117,7 @@ def _grown(cache: Tensor, capacity: int) -> Tensor:
 class Attention(nn.Module):
     """Softmax attention over [B,T,D]. Cost: 4 T^2 D per row in the parallel form.
 
-    `ctx.shared` keys: ("attention", mask) and ("attention", window, "additive"), the additive mask of the call;
-    ("attention", window, "visible") and ("attention", mask, "seen"), its Boolean one; ("attention", "places"), the positions of
-    queries and keys.
+    `ctx.shared` keys: ("attention", ...), those of `scores` and `placed`.
     """
 
     modes = frozenset({"causal", "bidirectional"})
@@ -146,18 +144,7 @@ class Attention(nn.Module):
         assert ctx.positions is not None, "a parallel pass has no state to count positions"
         q, kv = self._project(x, ctx.positions, ctx)
         k, v = kv.split(self.kv_heads, 1)
-        mask = self._mask(ctx)
-        if self._biased:
-            y = placed_attention(self.position, q, k, v, _seen(mask, x, ctx), own_places(ctx))
-            return self.out(y.transpose(1, 2).flatten(2)), {}
-        if isinstance(mask, Causal) and ctx.segments is None:
-            return self._attend(q, k, v, None, causal=True), {}
-        if isinstance(mask, Full) and ctx.segments is None:
-            return self._attend(q, k, v, None), {}
-        key = ("attention", mask if isinstance(mask, Window) else type(mask))
-        if key not in ctx.shared:
-            ctx.shared[key] = additive(allowed(mask, x.shape[1], ctx.segments, x.device), q.dtype)
-        return self._attend(q, k, v, ctx.shared[key]), {}
+        return self._attend_whole(q, k, v, replace(ctx, mask=self._mask(ctx))), {}
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         window, count = self._window(ctx), x.shape[1]
@@ -167,29 +154,27 @@ class Attention(nn.Module):
         q, kv = self._project(x, slots.index[:, -count:] if ctx.positions is None else ctx.positions, ctx)
         state = state.write(kv)
         k, v = state.cache[:, :, : slots.end].split(self.kv_heads, 1)
-        if places is not None or few(q, count):
-            key = ("attention", window, "visible")
-            if key not in ctx.shared:
-                ctx.shared[key] = slots.visible(count, window)
-            if places is not None:
-                y = placed_attention(self.position, q, k, v, ctx.shared[key], places)
-                return self.out(y.transpose(1, 2).flatten(2)), state
-            return self.out(kernels.attend(q, k, v, ctx.shared[key])), state
-        if slots.base == 0 and count == slots.end and slots.chain and window is None:
-            return self._attend(q, k, v, None, causal=True), state
-        key = ("attention", window, "additive")
-        if key not in ctx.shared:
-            visible = slots.visible(count, window)
-            ctx.shared[key] = None if visible is None else additive(visible, q.dtype)
-        return self._attend(q, k, v, ctx.shared[key]), state
+        kernel = places is None and few(q, count)
+        blocks = isinstance(ctx.mask, Blocks)
+        if not kernel and not blocks and slots.base == 0 and count == slots.end and slots.chain and window is None:
+            return self._attend_whole(q, k, v, replace(ctx, mask=Causal(), segments=None)), state
+        if places is not None:
+            y = placed_attention(self.position, q, k, v, cached_visible(ctx, slots, count, window), places)
+        elif kernel:
+            return self.out(kernels.attend(q, k, v, cached_visible(ctx, slots, count, window))), state
+        else:
+            y = fused_attention(q, k, v, cached_bias(ctx, slots, q, window))
+        return self.out(y.transpose(1, 2).flatten(2)), state
 
     def _window(self, ctx: Context) -> int | None:
+        if isinstance(ctx.mask, Blocks):  # a cached call takes it: earlier blocks never see later ones
+            return None
         mask = self._mask(ctx)
         if not isinstance(mask, Causal | Window):
             raise ValueError(f"mask={type(mask).__name__}: a cached call is causal; use forward for a bidirectional pass")
         return mask.size if isinstance(mask, Window) else None
 
-    def _mask(self, ctx: Context) -> object:
+    def _mask(self, ctx: Context) -> Mask:
         window = self.config.window
         if isinstance(ctx.mask, Causal | Window) and window is not None:
             return Window(min(window, ctx.mask.size) if isinstance(ctx.mask, Window) else window)
@@ -208,18 +193,11 @@ class Attention(nn.Module):
         q, k = self.position.rotate(q, k, positions, positions, ctx.shared)
         return q, torch.cat([k, v], 1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
-        grouped = self.kv_heads != self.heads
-        y = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
+    def _attend_whole(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        """[B,T,D] over whole sequences; an encoding that changes values has all weights computed."""
+        if "value" in self.position.parts:
+            y = placed_attention(self.position, q, k, v, parallel_seen(ctx, q[:, 0]), own_places(ctx))
+        else:
+            bias = self.position.bias(q, k, *own_places(ctx)) if self._biased else None
+            y = whole_attention(q, k, v, ctx, bias)
         return self.out(y.transpose(1, 2).flatten(2))
-
-
-def _seen(mask: object, x: Tensor, ctx: Context) -> Tensor | None:
-    """[1 or B,1,T,T] bool: which keys each query of a parallel pass sees; None: all."""
-    if isinstance(mask, Full) and ctx.segments is None:
-        return None
-    key = ("attention", mask if isinstance(mask, Window) else type(mask), "seen")
-    if key not in ctx.shared:
-        ctx.shared[key] = allowed(mask, x.shape[1], ctx.segments, x.device)
-    seen: Tensor = ctx.shared[key]
-    return seen

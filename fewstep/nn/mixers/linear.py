@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import elu
 
-from fewstep.core.position import NoPosition, fitted
+from fewstep.core.position import NoPosition, Shared, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import decay
 from fewstep.nn.recurrent import Carry, Inputs, Links, Recurrent, even_heads, wide
@@ -52,9 +52,12 @@ class LinearAttention(Recurrent):
 
     def inputs(self, features: Tensor, before: Tensor, positions: Tensor) -> Inputs:
         q, k, v = wide(self.qkv(features)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = elu(q) + 1, elu(k) + 1
-        turned = self.position.rotate(q.transpose(1, 2), k.transpose(1, 2), positions, positions, {})
-        return q, k, v, *(x.transpose(1, 2) for x in turned)
+        return elu(q) + 1, elu(k) + 1, v
+
+    def turned(self, inputs: Inputs, positions: Tensor, shared: Shared) -> Inputs:
+        q, k, _ = inputs
+        turned = self.position.rotate(q.transpose(1, 2), k.transpose(1, 2), positions, positions, shared)
+        return *inputs, *(x.transpose(1, 2) for x in turned)
 
     def begin(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Carry:
         size = self.width // self.heads
@@ -69,6 +72,12 @@ class LinearAttention(Recurrent):
         _, k, v, _, k_turned = inputs
         ones = torch.ones_like(v[..., :1])
         return decay.advance(k_turned, v, None, carry[0], real), decay.advance(k, ones, None, carry[1], real)
+
+    def swept(self, inputs: Inputs, place: Tensor) -> Tensor | None:
+        q, k, v, q_turned, k_turned = inputs
+        total = decay.swept(q, k, torch.ones_like(v[..., :1]), None, place)
+        y = decay.swept(q_turned, k_turned, v, None, place)
+        return None if y is None or total is None else y / (total + self.config.eps)
 
     def finish(self, y: Tensor, features: Tensor) -> Tensor:
         return self.out(y.flatten(2).to(features.dtype))

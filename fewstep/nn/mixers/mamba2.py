@@ -101,18 +101,26 @@ class Mamba2(Recurrent):
 
     def read(self, carry: Carry, inputs: Inputs, links: Links) -> Tensor:
         x, v, b, c, log_a = inputs
-        y = decay.read(self._each(c), self._each(b), v, log_a, carry[0], links)
-        return torch.addcmul(y, x, self.skip.unsqueeze(-1))
+        return self._past(decay.read(self._each(c), self._each(b), v, log_a, carry[0], links), x)
 
     def advance(self, carry: Carry, inputs: Inputs, real: Tensor) -> Carry:
         _, v, b, _, log_a = inputs
         return (decay.advance(self._each(b), v, log_a, carry[0], real),)
+
+    def swept(self, inputs: Inputs, place: Tensor) -> Tensor | None:
+        x, v, b, c, log_a = inputs
+        y = decay.swept(self._each(c), self._each(b), v, log_a, place)
+        return None if y is None else self._past(y, x)
 
     def finish(self, y: Tensor, features: Tensor) -> Tensor:
         y = y.flatten(2) * silu(wide(features[..., : self.inner]))
         y = y.unflatten(-1, (self.config.groups, -1))
         y = rms_norm(y, y.shape[-1:], eps=self.config.eps).flatten(2)
         return self.out((y * self.gain).to(features.dtype))
+
+    def _past(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [B,T,H,E] and what x [B,T,H,E] adds past the state."""
+        return torch.addcmul(y, x, self.skip.unsqueeze(-1))
 
     def _each(self, x: Tensor) -> Tensor:
         """[B,T,G,N] -> [B,T,H,N]: what the heads of a group share, for each of them."""

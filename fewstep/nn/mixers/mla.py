@@ -4,20 +4,22 @@ Whole sequences materialise keys and values; cached calls move the projections t
 reads the latents and nothing else. This file knows no position encoding but its contract.
 """
 
+from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from fewstep.core.mixer import Aux, Causal, Context, Dense, Full, Window
 from fewstep.core.position import NoPosition, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import kernels
 from fewstep.nn.mixers.attention import AttentionState, few
+from fewstep.nn.mixers.attention_whole import fused_attention, whole_attention
 from fewstep.nn.mixers.placed import Places, cached_places, own_places, placed_scores
-from fewstep.nn.mixers.scores import cached_bias, cached_visible, cached_window, check_mask, parallel_bias, parallel_seen
+from fewstep.nn.mixers.scores import cached_bias, cached_visible, cached_window, check_mask
 from fewstep.nn.slots import Slots
 
 
@@ -98,12 +100,7 @@ class MLA(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Aux]:
         assert ctx.positions is not None, "a parallel pass has no state to count positions"
         check_mask(self.config.kind, ctx.mask, self.masks)
-        q, cache = self.project(x, ctx.positions, ctx)
-        if "bias" in self.position.parts:
-            return self.out(self.materialised(q, cache, self._added(q, cache, parallel_seen(ctx, x), own_places(ctx)))), {}
-        if isinstance(ctx.mask, Causal | Full) and ctx.segments is None:
-            return self.out(self.materialised(q, cache, None, causal=isinstance(ctx.mask, Causal))), {}
-        return self.out(self.materialised(q, cache, parallel_bias(ctx, q))), {}
+        return self._whole(*self.project(x, ctx.positions, ctx), ctx), {}
 
     def extend(self, x: Tensor, ctx: Context, state: AttentionState) -> tuple[Tensor, AttentionState]:
         window, count = cached_window(ctx.mask), x.shape[1]
@@ -113,14 +110,15 @@ class MLA(nn.Module):
         q, new = self.project(x, slots.index[:, -count:] if ctx.positions is None else ctx.positions, ctx)
         state = state.write(new)
         cache = state.cache[:, :, : slots.end]
+        kernel = places is None and few(q, count)
+        if not kernel and slots.base == 0 and count == slots.end and slots.chain and window is None:
+            return self._whole(q, cache, replace(ctx, mask=Causal(), segments=None)), state
+        absorbs = slots.base > 0 and self.absorbs(count)
         if places is not None:
             added = self._added(q, cache, cached_visible(ctx, slots, count, window), places)
-            form = self.absorbed if slots.base and self.absorbs(count) else self.materialised
-            return self.out(form(q, cache, added)), state
-        if few(q, count) or (slots.base and self.absorbs(count)):
+            return self.out(self.absorbed(q, cache, added) if absorbs else self.materialised(q, cache, added)), state
+        if kernel or absorbs:
             return self.out(self.absorbed(q, cache, cached_visible(ctx, slots, count, window))), state
-        if slots.base == 0 and count == slots.end and slots.chain and window is None:
-            return self.out(self.materialised(q, cache, None, causal=True)), state
         return self.out(self.materialised(q, cache, cached_bias(ctx, slots, q, window))), state
 
     def absorbs(self, count: int) -> bool:
@@ -137,16 +135,16 @@ class MLA(nn.Module):
         q_turn, k_turn = self.position.rotate(q_turn, k_turn, positions, positions, ctx.shared)
         return torch.cat([content, q_turn], -1), torch.cat([self.kv_norm(c), k_turn], -1)
 
-    def materialised(self, q: Tensor, cache: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
-        """[B,T,H e] attention over keys and values of every head, made from the `cache` [B,1,S,c+r]."""
+    def expanded(self, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B,H,S,n+r] and values [B,H,S,e] of every head, made from the `cache` [B,1,S,c+r]."""
         c, k_turn = cache.split([self.latent, self.rotary], -1)
         kv = linear(c.squeeze(1), self.kv_up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         content, v = kv.split([self.content, self.value], -1)
-        k = torch.cat([content, k_turn.expand(-1, self.heads, -1, -1)], -1)
-        apart = k.shape[-1] - v.shape[-1]  # PyTorch's fused kernel takes equal widths, and zeros change no score and no value
-        q, k, v = pad(q, (0, max(0, -apart))), pad(k, (0, max(0, -apart))), pad(v, (0, max(0, apart)))
-        y = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=self.scale)
-        return y[..., : self.value].transpose(1, 2).flatten(2)
+        return torch.cat([content, k_turn.expand(-1, self.heads, -1, -1)], -1), v
+
+    def materialised(self, q: Tensor, cache: Tensor, bias: Tensor | None) -> Tensor:
+        """[B,T,H e] attention over what is made from the `cache`; `bias` is added to the scores, the mask in it."""
+        return fused_attention(q, *self.expanded(cache), bias, scale=self.scale).transpose(1, 2).flatten(2)
 
     def absorbed(self, q: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
         """The same, each latent serving as key and value of all heads: q' = W_UK q before, W_UV after the weighted sum.
@@ -161,6 +159,12 @@ class MLA(nn.Module):
         else:
             y = scaled_dot_product_attention(q, cache, cache, attn_mask=mask, scale=self.scale, enable_gqa=True)
         return _by_head(y[..., : self.latent], values.mT).transpose(1, 2).flatten(2)
+
+    def _whole(self, q: Tensor, cache: Tensor, ctx: Context) -> Tensor:
+        """[B,T,D] over whole sequences."""
+        bias = self._added(q, cache, None, own_places(ctx)) if "bias" in self.position.parts else None
+        y = whole_attention(q, *self.expanded(cache), ctx, bias, scale=self.scale)
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def _added(self, q: Tensor, cache: Tensor, seen: Tensor | None, places: Places) -> Tensor | None:
         """What an encoding that biases adds to the scores, with -inf where a key is not `seen` [B or 1,1,T,S].

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from fewstep.core.position import NoPosition, fitted
+from fewstep.core.position import NoPosition, Shared, fitted
 from fewstep.core.recipe import Config
 from fewstep.nn import decay
 from fewstep.nn.recurrent import Carry, Inputs, Links, Recurrent, even_heads, wide
@@ -55,8 +55,11 @@ class Retention(Recurrent):
         return self.qkvg(x)
 
     def inputs(self, features: Tensor, before: Tensor, positions: Tensor) -> Inputs:
-        q, k, v, _ = wide(features).unflatten(-1, (4, self.heads, -1)).unbind(2)
-        q, k = self.position.rotate(q.transpose(1, 2), k.transpose(1, 2), positions, positions, {})
+        return wide(features).unflatten(-1, (4, self.heads, -1)).unbind(2)[:3]
+
+    def turned(self, inputs: Inputs, positions: Tensor, shared: Shared) -> Inputs:
+        q, k, v = inputs
+        q, k = self.position.rotate(q.transpose(1, 2), k.transpose(1, 2), positions, positions, shared)
         return q.transpose(1, 2) * q.shape[-1] ** -0.5, k.transpose(1, 2), v
 
     def begin(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Carry:
@@ -70,6 +73,10 @@ class Retention(Recurrent):
     def advance(self, carry: Carry, inputs: Inputs, real: Tensor) -> Carry:
         _, k, v = inputs
         return (decay.advance(k, v, self._fading(k), carry[0], real),)
+
+    def swept(self, inputs: Inputs, place: Tensor) -> Tensor | None:
+        q, k, v = inputs
+        return decay.swept(q, k, v, self._fading(q), place)
 
     def finish(self, y: Tensor, features: Tensor) -> Tensor:
         gate = features.chunk(4, -1)[3]

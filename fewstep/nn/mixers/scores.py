@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from fewstep.core.mixer import Causal, Context, Full, Window
+from fewstep.core.mixer import Blocks, Causal, Context, Full, Window
 from fewstep.nn.masks import allowed
 from fewstep.nn.slots import Slots
 
@@ -49,7 +49,7 @@ def cached_bias(ctx: Context, slots: Slots, q: Tensor, window: int | None) -> Te
     """[B,1,T,end] added to the scores of the last T pending nodes' queries [B,H,T,E]; None: they see everything."""
     key = ("attention", window, "additive")
     if key not in ctx.shared:
-        visible = slots.visible(q.shape[2], window)
+        visible = _visible(ctx, slots, q.shape[2], window)
         ctx.shared[key] = None if visible is None else additive(visible, q.dtype)
     bias: Tensor | None = ctx.shared[key]
     return bias
@@ -59,9 +59,27 @@ def cached_visible(ctx: Context, slots: Slots, count: int, window: int | None) -
     """[B,1,T,end] bool for the last `count` pending nodes, as the kernels take it; None: they see everything."""
     key = ("attention", window, "visible")
     if key not in ctx.shared:
-        ctx.shared[key] = slots.visible(count, window)
+        ctx.shared[key] = _visible(ctx, slots, count, window)
     visible: Tensor | None = ctx.shared[key]
     return visible
+
+
+def _visible(ctx: Context, slots: Slots, count: int, window: int | None) -> Tensor | None:
+    """[B,1,count,end] bool for the last `count` pending nodes over all slots; None: they see everything.
+
+    Under `Blocks` a call ends where a block does, or its nodes are dropped: each sees what is committed and the pending nodes of
+    its own and earlier blocks.
+    """
+    if not isinstance(ctx.mask, Blocks):
+        return slots.visible(count, window)
+    device, pending = slots.lengths.device, slots.pending
+    committed = torch.arange(slots.base, device=device) < slots.lengths[:, None]
+    block = slots.index // ctx.mask.size
+    seen = block[:, None] <= block[:, pending - count :, None]
+    if slots.parent is not None:
+        own = torch.eye(pending, dtype=torch.bool, device=device)[pending - count :]
+        seen = (seen & (slots.parent > -2)[:, None]) | own  # padding sees itself alone, so that no row is empty
+    return torch.cat([committed[:, None].expand(-1, count, -1), seen], 2)[:, None]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
