@@ -1,7 +1,7 @@
-"""Discrete diffusion: a token survives to time t with probability keep(t), else it is drawn from a prior. Contracts only."""
+"""Discrete diffusion: a token survives to time t with probability keep(t), else it is drawn from a prior. Contracts."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -26,7 +26,17 @@ class Corruption(Protocol):
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,L], t) -> p_0 [B,L,V]; the closure holds cache, block mask, guidance
 
-M = TypeVar("M")
+
+class Memory(Protocol):
+    """What an order knows of a run: `done` [R] bool, the rows whose window is final; `fork` keeps only the rows asked for."""
+
+    @property
+    def done(self) -> Tensor: ...
+
+    def fork(self, rows: Tensor) -> Self: ...
+
+
+M = TypeVar("M", bound=Memory)
 
 
 class Order(Protocol[M]):

@@ -14,16 +14,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.core.mixer import Aux, Causal, Context, Mask, Tree
+from fewstep.core.mixer import Aux, Blocks, Causal, Context, Dense, Doubled, Mask, Prefix, Tree
 from fewstep.core.model import Output
 from fewstep.core.position import NoPosition
 from fewstep.core.recipe import Config, choice, parse
 from fewstep.nn.ahead import Begins
 from fewstep.nn.blocks import Block, BlockConfig, norm
 from fewstep.nn.heads import HEADS
-from fewstep.nn.masks import places
+from fewstep.nn.masks import allowed, places
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig
+from fewstep.nn.noise import NoiseEmbedding
 from fewstep.nn.packed import PackedCall, packed_call
 from fewstep.nn.position import POSITIONS, RopeConfig
 from fewstep.nn.stack import Stack, StackState
@@ -31,7 +32,13 @@ from fewstep.nn.stack import Stack, StackState
 
 @final
 class DecoderConfig(BlockConfig):
-    """A decoder. `mixers` lists the mixer of each layer and repeats over the depth; `heads` are trained beside the trunk."""
+    """A decoder. `mixers` lists the mixer of each layer and repeats over the depth; `heads` are trained beside the trunk.
+
+    `mask_token`: the id below `vocab` that stands for a token to be found, where the model is trained to (None: it is not); no
+    text has it. What a call's mask lets a token see is the call's affair, so that one checkpoint runs left to right, block by
+    block and all at once: a given token predicts the one after it, a masked one itself. `noisy`: the model is told the share of
+    its input that is corrupted, which masked diffusion does not need.
+    """
 
     kind: ClassVar[str] = "decoder"
     source: ClassVar[str] = "Touvron et al. 2023, arXiv 2302.13971 (pre-norm, SwiGLU, RoPE)"
@@ -47,6 +54,8 @@ class DecoderConfig(BlockConfig):
     max_positions: int | None = Field(default=2048, ge=1)
     init_std: float = Field(default=0.02, gt=0)
     embed_std: float | None = Field(default=None, gt=0)  # None: init_std
+    mask_token: int | None = Field(default=None, ge=0)
+    noisy: bool = False
 
     @model_validator(mode="after")
     def _is_whole(self) -> "DecoderConfig":
@@ -56,6 +65,8 @@ class DecoderConfig(BlockConfig):
             raise ValueError(
                 f"embed_std={self.embed_std}: a tied embedding starts as an output layer does; set tied=false or leave it out"
             )
+        if self.mask_token is not None and self.mask_token >= self.vocab:
+            raise ValueError(f"mask_token={self.mask_token}: outside 0..{self.vocab - 1}; raise vocab, or choose an unused id")
         drafters = [head.drafter for head in self.heads]
         twice = next((name for name in drafters if drafters.count(name) > 1), None)
         if twice is not None:
@@ -92,6 +103,7 @@ class Decoder(nn.Module):
         self.config = config
         self.vocab, self.width, self.depth = config.vocab, config.width, config.depth
         self.max_positions = config.max_positions
+        self.mask_token, self.noisy = config.mask_token, config.noisy
         self.recompute = False  # activation checkpointing of each block in `forward`
         head_widths = {mixer.widths(config.width, config.query_heads)[1] for mixer in config.mixers}
         if len(head_widths) > 1:
@@ -107,6 +119,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
+        self.noise = NoiseEmbedding(config.width) if config.noisy else None
         self.extra = nn.ModuleDict({head.drafter: self._heads(head) for head in config.heads})
         self._call: PackedCall | None = None  # made at the first call after packing
         self._initialise(self)
@@ -132,8 +145,10 @@ class Decoder(nn.Module):
     def ends(self) -> tuple[nn.Module, nn.Module]:
         return self.embedding, self.head
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        return torch.embedding(self.embedding.weight, tokens)
+    def embed(self, tokens: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`noise` [B,N]: the share corrupted of what each token belongs to; None: all of it is clean."""
+        x = torch.embedding(self.embedding.weight, tokens)
+        return x if self.noise is None or noise is None else x + self.noise(noise)
 
     def unembed(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
         return self.head(h) if ids is None else nn.functional.linear(h, self.head.weight[ids])
@@ -149,12 +164,16 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         mask: Mask | None = None,
         taps: tuple[str, ...] = (),
+        noise: Tensor | None = None,
     ) -> Encoded:
-        """The parallel form over tokens [B,T]; positions restart with each segment unless given."""
+        """The parallel form over tokens [B,T]; positions restart with each segment unless given; `noise` as `embed` takes it.
+
+        Raises ValueError for a mask that a mixer takes neither as it is nor written out.
+        """
         if positions is None:
             positions = places(torch.zeros_like(tokens) if segments is None else segments)
-        ctx = Context(positions, segments=segments, mask=mask or Causal())
-        x = self.position.embed(self.embed(tokens), positions)
+        ctx = Context(positions, segments=segments, mask=self._taken(mask or Causal(), tokens, segments))
+        x = self.position.embed(self.embed(tokens, noise), positions)
         hidden = {"embed": x} if "embed" in taps else {}
         aux: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
@@ -229,6 +248,13 @@ class Decoder(nn.Module):
         x, normed, logits = call(tree.tokens, ctx, stack.caches, slots)
         hidden = {"hidden": x, "final": normed, "logits": logits}
         return Output(logits, {name: hidden[name] for name in taps}, stack.extended(slots))
+
+    def _taken(self, mask: Mask, tokens: Tensor, segments: Tensor | None) -> Mask:
+        """`mask` as all mixers take it: as it is, else written out once for all layers."""
+        lacking = [block.mixer.masks for block in self.blocks if type(mask) not in block.mixer.masks]
+        if not lacking or not all(Dense in masks for masks in lacking) or not isinstance(mask, Blocks | Doubled | Prefix):
+            return mask  # a mixer that does not take it says so
+        return Dense(allowed(mask, tokens.shape[1], segments, tokens.device)[:, 0])
 
     def _encoding(self) -> NoPosition:
         config = self.config

@@ -14,7 +14,9 @@ from rich.table import Table
 from fewstep.core.recipe import Config
 from fewstep.decode.drafters import DRAFTERS
 from fewstep.decode.verification import VERIFICATIONS
+from fewstep.diffusion.corruptions import CORRUPTIONS
 from fewstep.diffusion.grids import GRIDS
+from fewstep.diffusion.orders import ORDERS
 from fewstep.diffusion.parameterisations import PARAMETERISATIONS
 from fewstep.diffusion.processes import PROCESSES
 from fewstep.diffusion.solvers import SOLVERS
@@ -38,6 +40,8 @@ ROOMS: Mapping[str, Mapping[str, type[Config]]] = MappingProxyType(
         "solver": SOLVERS,
         "bijection": BIJECTIONS,
         "backbone": BACKBONES,
+        "corruption": CORRUPTIONS,
+        "order": ORDERS,
         **{section: SECTIONS[section] for section in ("objective", "optim", "precision", "schedule")},
     }
 )
