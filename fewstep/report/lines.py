@@ -26,15 +26,18 @@ class Line:
     note: str = ""
 
 
-def lines(title: str, description: str, drawn: Sequence[Line], x_label: str, y_label: str) -> str:
-    """The lines, their names in a column at the right where none covers another. x: a few powers of 2."""
+def lines(
+    title: str, description: str, drawn: Sequence[Line], x_label: str, y_label: str, marked: Sequence[float] | None = None
+) -> str:
+    """The lines, their names in a column at the right where none covers another. `marked`: where x has its marks; None: at each
+    x, which are few then."""
     height = max(400, _LINE * len(drawn) + 100)
     right = WIDTH - 40 - _CHARACTER * max(len(line.name) for line in drawn)
     xs = sorted({x for line in drawn for x, _ in line.points})
     ys = [y for line in drawn for _, y in line.points]
     x_axis = Axis(x_label, log2(xs[0]) - 0.2, log2(xs[-1]) + 0.2, 66, right)
     y_axis = Axis(y_label, log10(min(ys)) - 0.05, log10(max(ys)) + 0.05, height - 52, _TOP)
-    parts = [*_x_grid(x_axis, y_axis, xs), *_y_grid(y_axis, x_axis)]
+    parts = [*_x_grid(x_axis, y_axis, xs if marked is None else marked), *_y_grid(y_axis, x_axis)]
     order = sorted(drawn, key=lambda line: -line.points[-1][1])
     places = _apart([y_axis.at(log10(line.points[-1][1])) for line in order], _TOP + 6, height - 52)
     for line, place in zip(order, places, strict=True):

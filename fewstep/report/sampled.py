@@ -16,21 +16,28 @@ from fewstep.decode.denoise import Sampled
 from fewstep.hub.arrays import load_arrays
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.flow import Flow
-from fewstep.report.pictures import write_animation, write_points, write_sheet
+from fewstep.report.pictures import write_animation, write_moving_points, write_points, write_sheet
+
+_DRAWN = 256  # samples in a sheet or an animation of images
 
 
-def sample_here(source: str | Path, config: SampleConfig, out: Path, console: Console | None = None) -> Samples:
+def sample_here(
+    source: str | Path, config: SampleConfig, out: Path, console: Console | None = None, animation: str = "gif"
+) -> Samples:
     """Sample the model at `source` into the folder `out`: samples.safetensors, samples.json and a picture, where x can be one.
 
-    A denoiser's way from noise to data becomes an animation. Raises ValueError for a model, request or folder that will not do.
+    A denoiser's way from noise to data, that of its first batch, becomes an `animation`, gif or webp. Raises ValueError for a
+    model, request or folder that will not do.
     """
+    if animation not in ("gif", "webp"):
+        raise ValueError(f"animation={animation!r}: must be 'gif' or 'webp'; choose one")
     console, model, frames = console or Console(), load_arrays(source), list[Tensor]()
 
     def watch(event: Event[Sampled]) -> None:
         if len(frames) <= config.steps and isinstance(model, Denoiser):
             frames.append(model.unnormed(event.payload.x))
 
-    made = sample(model, config, watch) if isinstance(model, Denoiser) else _in_one_pass(model, config)
+    made = sample(model, config, watch) if isinstance(model, Denoiser) else in_one_pass(model, config)
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file({"x": made.x.contiguous()}, out / "samples.safetensors")
@@ -38,7 +45,7 @@ def sample_here(source: str | Path, config: SampleConfig, out: Path, console: Co
         (out / "samples.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"out={str(out)!r}: cannot be written ({error}); choose another folder") from None
-    pictures = _draw(made.x, frames, out)
+    pictures = _draw(made.x, frames, out, animation)
     calls, seconds = made.cost.calls / len(made.x), made.cost.seconds
     shape = tuple(made.x.shape[1:])
     console.print(f"{len(made.x)} samples of {shape}: {calls:g} calls each, {seconds:.2f} s in all", soft_wrap=True)
@@ -46,7 +53,8 @@ def sample_here(source: str | Path, config: SampleConfig, out: Path, console: Co
     return made
 
 
-def _in_one_pass(flow: Flow, config: SampleConfig) -> Samples:
+def in_one_pass(flow: Flow, config: SampleConfig) -> Samples:
+    """Samples of a flow: one call each. Raises ValueError for labels that the flow does not take."""
     begun = time.perf_counter()
     rows = range(config.seed, config.seed + config.count)
     if config.label and not flow.config.context:
@@ -64,17 +72,26 @@ def _in_one_pass(flow: Flow, config: SampleConfig) -> Samples:
     return Samples(x, Cost(calls=config.count, seconds=time.perf_counter() - begun, bytes=x.nbytes))
 
 
-def _draw(x: Tensor, frames: list[Tensor], out: Path) -> list[Path]:
+def _draw(x: Tensor, frames: list[Tensor], out: Path, animation: str) -> list[Path]:
     """The pictures that x can be: points of a plane, or images whose levels span what was sampled."""
+    still, moving = out / "samples.png", out / f"samples.{animation}"
     if x.ndim == 2 and x.shape[1] == 2:
-        write_points(x, out / "samples.png")
-        return [out / "samples.png"]
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        write_points(x, still)
+        if frames:
+            write_moving_points(frames, moving, 1.1 * _edges(x.abs())[1])
+    elif x.ndim == 4 and x.shape[1] in (1, 3):
+        drawn = x[:_DRAWN]
+        low, high = _edges(drawn)
+        write_sheet(drawn, still, low, high)
+        if frames:
+            write_animation([frame[:_DRAWN] for frame in frames], moving, low, high)
+    else:
         return []
-    low, high = (float(edge) for edge in x.quantile(torch.tensor([0.005, 0.995], dtype=x.dtype)))
-    high = max(high, low + 1e-6)
-    write_sheet(x, out / "samples.png", low, high)
-    if not frames:
-        return [out / "samples.png"]
-    write_animation(frames, out / "samples.gif", low, high)
-    return [out / "samples.png", out / "samples.gif"]
+    return [still, moving] if frames else [still]
+
+
+def _edges(x: Tensor) -> tuple[float, float]:
+    """Between them lie all but one in a hundred of the numbers of x."""
+    some = x.flatten()[:: max(1, x.numel() >> 20)]
+    low, high = some.quantile(torch.tensor([0.005, 0.995], dtype=x.dtype)).tolist()
+    return low, max(high, low + 1e-6)

@@ -39,7 +39,8 @@ def images(classes: int = 3) -> Denoiser:
 @pytest.mark.parametrize("name", ["points-edm", "points-flow-matching", "points-nsf"])
 def test_a_run_can_be_sampled(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
     config = SampleConfig(count=5, steps=4, seed=3)
-    made = sample_here(runs[name], config, tmp_path)
+    made = sample_here(runs[name], config, tmp_path, animation="webp")
+    assert (tmp_path / "samples.webp").is_file() == (name != "points-nsf"), "a flow's samples have no way"
     assert isinstance(load_arrays(runs[name]), Flow if name == "points-nsf" else Denoiser)
     assert torch.equal(load_file(tmp_path / "samples.safetensors")["x"], made.x) and made.x.shape == (5, 2)
     assert made.x.isfinite().all() and (tmp_path / "samples.png").is_file()
@@ -102,6 +103,8 @@ def test_what_cannot_be_sampled_is_refused(runs: dict[str, Path], tmp_path: Path
         sample_here(runs["points-nsf"], SampleConfig(count=2), tmp_path / "file" / "out")
     with pytest.raises(ValueError, match=r"^label=[^\n]*; [^\n]*$"):
         sample_here(runs["points-nsf"], SampleConfig(count=2, label=(1,)), tmp_path)
+    with pytest.raises(ValueError, match=r"^animation='avi': must be 'gif' or 'webp'; [^\n]*$"):
+        sample_here(runs["points-nsf"], SampleConfig(count=2), tmp_path, animation="avi")
     with pytest.raises(ValueError, match="denoiser"):
         load_arrays("code-nano")
 
@@ -117,3 +120,16 @@ def test_arrays_and_tokens_do_not_mix(tmp_path: Path) -> None:
         recipe = Recipe.from_values(told.pop("name"), {**told, section: values}, registries=SECTIONS)
         with pytest.raises(ValueError, match=rf"^{field}=[^\n]*; [^\n]*$"):
             train(recipe, directory=tmp_path / "run")
+
+
+def test_learned_grids_go_with_their_solver(runs: dict[str, Path]) -> None:
+    model = load_arrays(runs["points-edm"])
+    assert isinstance(model, Denoiser)
+    with pytest.raises(ValueError, match="fitted to solver='unipc' with terms=3; set these"):
+        parse(SampleConfig, {"grid": "learned", "steps": 8})
+    with pytest.raises(ValueError, match="a grid was learned for 5, 8"):
+        sample(model, parse(SampleConfig, {"grid": "learned", "steps": 7, "solver": {"kind": "unipc", "terms": 3}}))
+    made = sample(
+        model, parse(SampleConfig, {"grid": "learned", "steps": 8, "solver": {"kind": "unipc", "terms": 3}, "count": 3})
+    )
+    assert made.cost.calls == 24 and bool(made.x.isfinite().all())

@@ -199,4 +199,4 @@ def test_sections_that_do_not_fit_are_refused(sections: dict[str, Any], told: st
 
 
 def test_the_registry_names_every_kind_of_array() -> None:
-    assert list(ARRAYS) == ["points", "digits", "csv"]
+    assert list(ARRAYS) == ["points", "digits", "csv", "images", "glyphs", "shapes"]

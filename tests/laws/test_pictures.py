@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.report.pictures import write_animation, write_points, write_sheet
+from fewstep.report.pictures import write_animation, write_moving_points, write_points, write_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -32,6 +32,28 @@ def test_an_animation_has_every_frame(ending: str, tmp_path: Path) -> None:
         for frame, level in enumerate((0, 128, 255)):
             image.seek(frame)
             assert abs(int(image.convert("L").getpixel((1, 1))) - level) <= 2  # type: ignore[arg-type]
+
+
+def test_a_sheet_has_as_many_columns_as_asked_for(tmp_path: Path) -> None:
+    write_sheet(torch.zeros(6, 1, 4, 4), tmp_path / "sheet.png", 0, 1, zoom=1, columns=6)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (6 * 5 - 1, 4)
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_points_move_where_they_are(ending: str, tmp_path: Path) -> None:
+    places = ((-0.5, -0.5), (0.5, 0.5), (0.0, 40.0))
+    write_moving_points([torch.tensor([place]) for place in places], tmp_path / f"a.{ending}", reach=1.0)
+    with Image.open(tmp_path / f"a.{ending}") as image:
+        assert image.n_frames == 3  # type: ignore[attr-defined]
+        for frame, (x, y) in enumerate(places[:2]):
+            image.seek(frame)
+            grey = image.convert("L")
+            dark = [(c, r) for c in range(grey.width) for r in range(grey.height) if int(grey.getpixel((c, r))) < 128]  # type: ignore[arg-type]
+            assert dark
+            assert all(abs(c - (x + 1) * grey.width / 2) < 3 and abs(r - (1 - y) * grey.height / 2) < 3 for c, r in dark)
+    with pytest.raises(ValueError, match=r"^x: shape \(2, 3\), expected points"):
+        write_moving_points([torch.zeros(2, 3)], tmp_path / "a.gif", 1.0)
 
 
 def test_points_are_drawn(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from fewstep.core.recipe import Config
 from fewstep.training.data.arrays import ArraysConfig, CSVConfig, DigitsConfig
 from fewstep.training.data.bpe import BPEConfig
 from fewstep.training.data.dataset import Dataset, prepare
+from fewstep.training.data.drawings import GlyphsConfig, ShapesConfig
+from fewstep.training.data.images import ImagesConfig
 from fewstep.training.data.loader import Loader
 from fewstep.training.data.points import PointsConfig
 from fewstep.training.data.sources import Corpus, DataConfig, TextConfig
@@ -20,7 +22,7 @@ DATA: Mapping[str, type[DataConfig]] = MappingProxyType(
     {config.kind: config for config in (StdlibConfig, TextConfig, SelfDistilledConfig)}
 )
 ARRAYS: Mapping[str, type[ArraysConfig]] = MappingProxyType(
-    {config.kind: config for config in (PointsConfig, DigitsConfig, CSVConfig)}
+    {config.kind: config for config in (PointsConfig, DigitsConfig, CSVConfig, ImagesConfig, GlyphsConfig, ShapesConfig)}
 )
 TOKENIZERS: Mapping[str, type[Config]] = MappingProxyType({config.kind: config for config in (BPEConfig, TargetTokenizerConfig)})
 

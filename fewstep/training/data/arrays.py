@@ -10,17 +10,21 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, ClassVar, Protocol, final
+from typing import IO, ClassVar, Literal, Protocol, final
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from fewstep.core.objective import Batch
-from fewstep.core.random import CounterRng
+from fewstep.core.random import CounterRng, Rng
 from fewstep.core.recipe import Config, suggestion
+
+Part = Literal["train", "validation"]
+PARTS: tuple[Part, ...] = ("train", "validation")
 
 
 class Batches(Protocol):
@@ -58,38 +62,68 @@ def rows_of(x: Tensor, c: Tensor | None, numbers: Tensor) -> Batch:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Rows x [N,*shape] of any dtype and their conditions c [N,K], and what becomes of them whenever they are read.
+
+    `flips`: half of the rows of a training batch are mirrored left to right. `dequantised`: uniform noise on [0, 1) is added,
+    since whole numbers have no density.
+    """
+
+    x: Tensor
+    c: Tensor | None = None
+    flips: bool = False
+    dequantised: bool = False
+
+    def batch(self, numbers: Tensor, rng: Rng, training: bool) -> Batch:
+        """The rows `numbers` [B] in float32; `rng` has a row for each."""
+        x = self.x[numbers].float()
+        if self.flips and training:
+            mirrored = rng.split("flip").uniform() < 0.5
+            x = torch.where(mirrored.view(-1, *(1,) * (x.dim() - 1)), x.flip(-1), x)
+        if self.dequantised:
+            x = x + rng.split("noise").uniform(*x.shape[1:]).float()
+        return rows_of(x, None if self.c is None else self.c[numbers], numbers)
+
+
+@final
 class Table:
-    """Rows x [N,*shape] and their conditions c [N,K] in memory; equal rows share a part, `held_out` of them for validation.
+    """`content` in memory; equal rows share a part, `held_out` of them for validation.
 
     Raises ValueError where either part would be empty.
     """
 
-    def __init__(self, x: Tensor, c: Tensor | None, held_out: float) -> None:
-        self.shape, self.context = tuple(x.shape[1:]), 0 if c is None else c.shape[1]
-        self._x, self._c = x, c
-        places = torch.tensor([_place(row.numpy().tobytes()) for row in x], dtype=torch.float64)
+    def __init__(self, content: Content, held_out: float) -> None:
+        self.shape, self.context = tuple(content.x.shape[1:]), 0 if content.c is None else content.c.shape[1]
+        self._content, count = content, len(content.x)
+        places = torch.tensor([_place(row.numpy().tobytes()) for row in content.x], dtype=torch.float64)
         self._train, self._validation = ((places >= held_out).nonzero()[:, 0], (places < held_out).nonzero()[:, 0])
         if not len(self._train) or not len(self._validation):
             raise ValueError(
-                f"data.held_out={held_out}: {len(self._validation)} of {len(x)} rows; give more rows or another share"
+                f"data.held_out={held_out}: {len(self._validation)} of {count} rows; give more rows or another share"
             )
 
     def train(self, batch: int, seed: int) -> "Epochs":
         if len(self._train) < batch:
             raise ValueError(f"run.batch={batch}: more than the {len(self._train)} rows there are to learn from; lower it")
-        return Epochs(self._x, self._c, self._train, batch, seed)
+        return Epochs(self._content, self._train, batch, seed)
 
     def validation(self, batch: int) -> Iterator[Batch]:
         for numbers in self._validation.split(batch):
-            yield rows_of(self._x[numbers], None if self._c is None else self._c[numbers], numbers)
+            yield self._content.batch(numbers, _each(numbers, 0, "validation"), training=False)
+
+    def rows(self, part: Part) -> Batch:
+        """All rows of a part as they are, neither mirrored nor noised."""
+        numbers, content = self._train if part == "train" else self._validation, self._content
+        return rows_of(content.x[numbers].float(), None if content.c is None else content.c[numbers], numbers)
 
 
 @final
 class Epochs:
-    """Batches of the rows `numbers` of x and c, shuffled anew each epoch; what fills no batch waits for the next."""
+    """Batches of the rows `numbers` of `content`, shuffled anew each epoch; what fills no batch waits for the next."""
 
-    def __init__(self, x: Tensor, c: Tensor | None, numbers: Tensor, batch: int, seed: int) -> None:
-        self._x, self._c, self._numbers, self._batch = x, c, numbers, batch
+    def __init__(self, content: Content, numbers: Tensor, batch: int, seed: int) -> None:
+        self._content, self._numbers, self._batch, self._seed = content, numbers, batch, seed
         self._rng = CounterRng.seeded([seed]).split("rows")
         self._epoch, self._order = -1, numbers
 
@@ -99,7 +133,7 @@ class Epochs:
             order = self._rng.at(epoch).uniform(len(self._numbers))[0].argsort(stable=True)
             self._epoch, self._order = epoch, self._numbers[order]
         numbers = self._order[place * self._batch : (place + 1) * self._batch]
-        return rows_of(self._x[numbers], None if self._c is None else self._c[numbers], numbers)
+        return self._content.batch(numbers, _each(step * self._batch + torch.arange(self._batch), self._seed, "train"), True)
 
 
 @final
@@ -128,19 +162,21 @@ class CSVConfig(ArraysConfig):
             told = "every column is given" if constant is None else f"column {names[constant]!r} is constant and has no density"
             raise ValueError(f"data.path={str(self.path)!r}: {told}; change `given` or drop it from the file")
         given = rows[:, [names.index(name) for name in self.given]] if self.given else None
-        return Table(rows[:, kept], given, self.held_out)
+        return Table(Content(rows[:, kept], given), self.held_out)
 
 
 @final
 class DigitsConfig(ArraysConfig):
     """The 1797 handwritten digits of 8x8 pixels and 17 grey levels that come with scikit-learn, which is not imported.
 
-    x [B,1,8,8] holds the levels 0 .. 16; with `classes` c [B,10] names the digit. Source: Alpaydin and Kaynak 1998.
+    x [B,1,8,8] holds the levels 0 .. 16; with `classes` c [B,10] names the digit; `dequantised` adds uniform noise on [0, 1) to
+    the levels. Source: Alpaydin and Kaynak 1998.
     """
 
     kind: ClassVar[str] = "digits"
 
     classes: bool = False
+    dequantised: bool = False
     held_out: float = Field(default=0.1, gt=0, lt=1)
 
     def build(self) -> Table:
@@ -148,8 +184,13 @@ class DigitsConfig(ArraysConfig):
         if package is None or not package.submodule_search_locations:
             raise ValueError("data='digits': the images come with scikit-learn, which is not installed; pip install scikit-learn")
         _, rows = read_table(Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz")
-        labels = torch.nn.functional.one_hot(rows[:, -1].long(), 10).to(rows.dtype) if self.classes else None
-        return Table(rows[:, :-1].reshape(-1, 1, 8, 8), labels, self.held_out)
+        labels = one_hot(rows[:, -1], 10) if self.classes else None
+        return Table(Content(rows[:, :-1].reshape(-1, 1, 8, 8), labels, dequantised=self.dequantised), self.held_out)
+
+
+def one_hot(numbers: Tensor, classes: int) -> Tensor:
+    """c [N,classes] float32 of class numbers [N]."""
+    return torch.nn.functional.one_hot(numbers.long(), classes).float()
 
 
 def read_table(path: Path) -> tuple[list[str], Tensor]:
@@ -197,6 +238,11 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _each(numbers: Tensor, seed: int, part: str) -> CounterRng:
+    """A row of randomness for each number."""
+    return CounterRng.seeded([seed]).split(part).fork(torch.zeros_like(numbers)).at(numbers)
 
 
 def _place(row: bytes) -> float:
