@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.core.event import Cost, Event
@@ -13,11 +13,12 @@ from fewstep.core.process import Denoise, Process
 from fewstep.core.random import CounterRng
 from fewstep.core.recipe import Config, choice
 from fewstep.decode.denoise import Sampled, denoise, start
-from fewstep.diffusion.grids import GRIDS, KarrasConfig
+from fewstep.diffusion.grids import GRIDS, KarrasConfig, LearnedConfig
 from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.processes import PROCESSES
 from fewstep.diffusion.solvers import SOLVERS
 from fewstep.diffusion.solvers.ode import DEISConfig
+from fewstep.diffusion.solvers.unipc import UniPCConfig
 from fewstep.models.denoiser import Denoiser
 
 Watch = Callable[[Event[Sampled]], None]
@@ -42,6 +43,13 @@ class SampleConfig(Config):
     guidance: float = Field(default=1.0, ge=0)
     interval: tuple[float, float] | None = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _grid_fits_solver(self) -> "SampleConfig":
+        fitted = isinstance(self.grid, LearnedConfig) and not self.grid.ratios
+        if fitted and not (isinstance(self.solver, UniPCConfig) and self.solver.terms == 3):
+            raise ValueError("grid='learned': shipped ones were fitted to solver='unipc' with terms=3; set these, or give ratios")
+        return self
 
 
 @final

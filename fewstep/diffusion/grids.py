@@ -4,8 +4,10 @@ All but the learned one place K points from the first ratio sigma / alpha to the
 knows no solver; `learned` fits grids to one.
 """
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, final
 
@@ -16,6 +18,8 @@ from torch import Tensor
 from fewstep.core.process import Process
 from fewstep.core.recipe import Config
 from fewstep.diffusion.processes import ratio
+
+SHIPPED = Path(__file__).with_name("learned.json")  # `python -m fewstep.diffusion.learned` writes it
 
 
 class GridConfig(Config):
@@ -63,6 +67,7 @@ class KarrasConfig(GridConfig):
 
     kind: ClassVar[str] = "karras"
     source: ClassVar[str] = "Karras et al. 2022, arXiv 2206.00364, equation 5"
+    claims: ClassVar[tuple[str, ...]] = ("heun-rho",)
 
     rho: float = Field(default=7.0, ge=1)
 
@@ -96,23 +101,30 @@ class LogSNRConfig(GridConfig):
 
 @final
 class LearnedConfig(Config):
-    """The ratios sigma / alpha of a fitted grid, which fall and end at the last place (0: the data).
+    """Ratios sigma / alpha that were fitted to a solver and a number of steps, so that few steps arrive where many would.
 
-    `fit_grid` makes one. `scale` multiplies the ratios, for data of another deviation.
+    Without `ratios` of one's own (`fit_grid` makes them) those that are shipped: for UniPC of 3 terms, from 50 to t = 0 or,
+    unless `to_zero`, to 0.02, for data of deviation about 1. `scale` multiplies the ratios, for data of another.
     """
 
     kind: ClassVar[str] = "learned"
     source: ClassVar[str] = "Tong et al. 2025, arXiv 2405.15506 (grids by gradient through the solver)"
+    claims: ClassVar[tuple[str, ...]] = ("learned-grid",)
 
+    to_zero: bool = True
     ratios: tuple[float, ...] = ()
     scale: float = Field(default=1.0, gt=0)
 
     def build(self, process: Process, steps: int) -> Tensor:
-        """[steps + 1] float64 times. Raises ValueError for a number of steps that the grid was not fitted to."""
-        if len(self.ratios) != steps + 1:
-            known = f"for {len(self.ratios) - 1} only" if self.ratios else "none at all"
-            raise ValueError(f"steps={steps}: no grid was learned for these, {known}; fit one with `fit_grid`")
-        return process.time(self.scale * torch.tensor(self.ratios, dtype=torch.float64))
+        """[steps + 1] float64 times. Raises ValueError for a number of steps that no grid was fitted to."""
+        known = {len(ratios) - 1: ratios for ratios in ((self.ratios,) if self.ratios else self._shipped())}
+        if steps not in known:
+            counts = ", ".join(str(count) for count in sorted(known))
+            raise ValueError(f"steps={steps}: a grid was learned for {counts} only; take one of these or make one by `fit_grid`")
+        return process.time(self.scale * torch.tensor(known[steps], dtype=torch.float64))
+
+    def _shipped(self) -> list[list[float]]:
+        return [grid["ratios"] for grid in json.loads(SHIPPED.read_text())["grids"] if grid["to_zero"] == self.to_zero]
 
 
 GRIDS: Mapping[str, type[Config]] = MappingProxyType(

@@ -105,6 +105,13 @@ def test_a_network_that_is_not_finite_is_named(bad: float, seed: int) -> None:
     assert f"t={float(grid[1]):.6g}" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_a_large_network_output_is_finite_though_its_sum_is_not() -> None:
+    grid, x = KarrasConfig().build(VP, 2), torch.randn(2, 3)
+    solver = DDIMConfig().build()
+    made = sample(lambda x, t: torch.full_like(x, 3e38), VP, solver, grid, x, rows(2)).payload
+    assert made.denoised is not None and bool(torch.isfinite(made.denoised).all())
+
+
 def test_an_estimate_of_another_shape_is_refused() -> None:
     grid = KarrasConfig().build(VP, 4)
     with pytest.raises(ValueError, match="has the shape of x"):

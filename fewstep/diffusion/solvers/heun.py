@@ -94,6 +94,7 @@ class HeunConfig(Config):
 
     kind: ClassVar[str] = "heun"
     source: ClassVar[str] = "Karras et al. 2022, arXiv 2206.00364, algorithm 1"
+    claims: ClassVar[tuple[str, ...]] = ("heun-rho", "solver-order")
 
     def build(self) -> Solver[HeunMemory]:
         """The solver."""
@@ -110,6 +111,7 @@ class ChurnConfig(Config):
 
     kind: ClassVar[str] = "churn"
     source: ClassVar[str] = "Karras et al. 2022, arXiv 2206.00364, algorithm 2"
+    claims: ClassVar[tuple[str, ...]] = ("churn",)
 
     churn: float = Field(default=40.0, ge=0)
     least: float = Field(default=0.05, ge=0)

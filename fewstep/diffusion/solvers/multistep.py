@@ -1,7 +1,7 @@
 """Solvers whose steps are one weighted sum: of x, the denoised estimate, those of earlier steps, and noise.
 
-Such a solver is a rule that turns a grid into weights, made once; a step is one call of the denoiser and one small matrix
-product. This file knows the rules' contract and no rule.
+Such a solver is a rule that turns a grid into weights, made once; a step is one call of the denoiser and one weighted sum. This
+file knows the rules' contract and no rule.
 """
 
 from abc import abstractmethod
@@ -32,11 +32,14 @@ class Rows(NamedTuple):
     left: tuple[Tensor, Tensor] | None = None
 
 
+Weights = Tensor | tuple[Tensor, tuple[float, ...]]  # of one step: [1,m], each row's [B,1,m], or the first and the others
+
+
 class Memory(NamedTuple):
     """What a run knows: the weights of each step (the table), the times of each place, what the last steps left."""
 
-    table: tuple[Tensor, ...]
-    left: tuple[Tensor, ...] | None
+    table: tuple[Weights, ...]
+    left: tuple[Weights, ...] | None
     times: tuple[Tensor, ...]
     history: tuple[Tensor, ...]
 
@@ -60,7 +63,7 @@ class Rule(Protocol):
 
 @final
 class Multistep:
-    """The solver of a rule. Cost: one call a step, and one product with a stack of 2 to 5 arrays like x."""
+    """The solver of a rule. Cost: one call a step, and the sum of 2 to 5 arrays like x."""
 
     calls = 1
 
@@ -75,14 +78,14 @@ class Multistep:
         rows = self._rule.rows(nodes)
         columns = [rows.x, rows.d, *(() if rows.noise is None else (rows.noise,))]
         columns += [] if rows.past is None else rows.past.unbind(-1)
-        left = None if rows.left is None else table(rows.left, x)
+        left = None if rows.left is None else numbers(table(rows.left, x))
         parts = len(columns) - (0 if rows.past is None else rows.past.shape[-1])
-        return Memory(trimmed(table(columns, x), parts, self._depth), left, nodes.times(len(x)), ())
+        return Memory(numbers(trimmed(table(columns, x), parts, self._depth)), left, nodes.times(len(x)), ())
 
     def step(self, denoise: Denoise, x: Tensor, i: int, memory: Memory, rng: Rng) -> tuple[Tensor, Memory]:
         d = mean(denoise(x, memory.times[i]))
-        noise = (gaussian(x, rng),) if self.stochastic else ()
-        following = weigh(memory.table[i], (x, d, *noise, *memory.history))
+        parts = (x, d, gaussian(x, rng), *memory.history) if self.stochastic else (x, d, *memory.history)
+        following = weigh(memory.table[i], parts)
         if self._depth:
             kept = d if memory.left is None else weigh(memory.left[i], (x, d))
             memory = Memory(memory.table, memory.left, memory.times, (kept, *memory.history)[: self._depth])
@@ -118,8 +121,22 @@ def trimmed(weights: Sequence[Tensor], parts: int, depth: int) -> tuple[Tensor, 
     return tuple(row[..., : parts + min(i, depth)].contiguous() for i, row in enumerate(weights))
 
 
-def weigh(weights: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    """The sum of `parts` [B, ...] with `weights` [1,m], or [B,1,m] for each row's own."""
+def numbers(weights: Sequence[Tensor]) -> tuple[Weights, ...]:
+    """The same as numbers, which cost less to multiply by, if all rows share them and no gradient is asked for."""
+    if weights[0].dim() > 2 or weights[0].requires_grad:
+        return tuple(weights)
+    shared = [row.cpu().squeeze(0) for row in weights]
+    return tuple((row[0], tuple(row[1:].tolist())) for row in shared)
+
+
+def weigh(weights: Weights, parts: tuple[Tensor, ...]) -> Tensor:
+    """The sum of `parts` [B, ...] with `weights`."""
+    if isinstance(weights, tuple):
+        first, others = weights
+        total = parts[0] * first
+        for n, weight in enumerate(others, 1):
+            total.add_(parts[n], alpha=weight)
+        return total
     shape = parts[0].shape
     if weights.dim() == 2:
         return torch.mm(weights, torch.stack(parts).view(len(parts), -1)).view(shape)

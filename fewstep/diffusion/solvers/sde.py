@@ -19,6 +19,7 @@ class DDIMConfig(RuleConfig):
 
     kind: ClassVar[str] = "ddim"
     source: ClassVar[str] = "Song et al. 2021, arXiv 2010.02502, equations 12 and 16"
+    claims: ClassVar[tuple[str, ...]] = ("ddim",)
     order: ClassVar[int] = 1
 
     eta: float = Field(default=0.0, ge=0, le=1)

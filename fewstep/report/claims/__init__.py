@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from fewstep.report.claims import (
+    block_cache,
+    churn,
+    ddim,
+    diffusion_order,
     flash_memory,
     flow_likelihood,
     gau,
+    heun_rho,
     hippo,
     induction_heads,
+    learned_grid,
     length_extrapolation,
     linear_cost,
     mla_cache,
@@ -16,10 +22,13 @@ from fewstep.report.claims import (
     performer,
     recall,
     recurrent_speculation,
+    reversal,
+    sampler_trap,
     selective_copying,
     solver_order,
     spec_bench,
     speculative_sampling,
+    stratified_count,
     transnormer,
     typical_acceptance,
 )
@@ -47,6 +56,15 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             recurrent_speculation.CLAIM,
             flow_likelihood.CLAIM,
             solver_order.CLAIM,
+            learned_grid.CLAIM,
+            ddim.CLAIM,
+            heun_rho.CLAIM,
+            churn.CLAIM,
+            diffusion_order.CLAIM,
+            stratified_count.CLAIM,
+            sampler_trap.CLAIM,
+            reversal.CLAIM,
+            block_cache.CLAIM,
         )
     }
 )

@@ -91,7 +91,9 @@ def measure(bench: Bench) -> Iterator[Finding]:
         slope, numbers = order(partial(arrive, solver))
         yield Finding(criterion, slope, how, numbers)
     if importlib.util.find_spec("diffusers") is None:
-        yield from (Finding(c, None, "diffusers is not installed") for c in (DEVIATES, SAME, RISES, ENDS))
+        yield from (
+            Finding(c, None, "diffusers is not installed; pip install 'fewstep[peers]'") for c in (DEVIATES, SAME, RISES, ENDS)
+        )
         return
     slope, numbers = order(of_diffusers)
     yield Finding(DEVIATES, slope, how, numbers)
