@@ -1,7 +1,7 @@
 """fewstep: generative models in fewer, cheaper steps.
 
-The public face: `load`, `generate`, `train`, `reproduce`. Each name is imported when it is first used, so that `import fewstep`
-costs little more than `import torch`.
+The public face: `load`, `generate`, `sample`, `train`, `reproduce`. Each name is imported when it is first used, so
+that `import fewstep` costs little more than `import torch`.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fewstep.face import generate
+    from fewstep.face import generate, sample
     from fewstep.hub.load import load
     from fewstep.recipes.run import train
     from fewstep.report.reproduce import reproduce
@@ -22,10 +22,11 @@ _HOMES = MappingProxyType(
         "load": "fewstep.hub.load",
         "train": "fewstep.recipes.run",
         "reproduce": "fewstep.report.reproduce",
+        "sample": "fewstep.face",
     }
 )
 
-__all__ = ["generate", "load", "reproduce", "train"]
+__all__ = ["generate", "load", "reproduce", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,22 @@
-"""`fewstep.generate`: a few lines over the rooms that do the work."""
+"""`fewstep.generate` and `fewstep.sample`: a few lines over the rooms that do the work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewstep.core.draft import Drafter
 from fewstep.core.recipe import parse
+from fewstep.decode.arrays import SampleConfig, Samples
+from fewstep.decode.arrays import sample as sample_arrays
 from fewstep.decode.drafters.config import DrafterConfig
 from fewstep.decode.generate import Completion
 from fewstep.decode.text import GenerationConfig, Prompts
 from fewstep.decode.text import generate as generate_rows
+from fewstep.hub.arrays import load_arrays
 from fewstep.hub.heads import companion
 from fewstep.hub.load import load
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.flow import Flow
 from fewstep.models.model import Model
 from fewstep.report.tuned import choose
 
@@ -39,3 +44,28 @@ def generate(
     count = config.samples * (1 if isinstance(prompts, str) else len(prompts))
     rows = generate_rows(model, prompts, choose(model, drafter, count, config, companion(model)).drafter, config)
     return rows[0] if isinstance(prompts, str) and len(rows) == 1 else rows
+
+
+def sample(
+    model: Denoiser | Flow | Path | str,
+    count: int = 64,
+    *,
+    solver: str = "deis",
+    steps: int = 18,
+    label: int | Sequence[int] | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    options: Mapping[str, object] | None = None,
+) -> Samples:
+    """`count` samples of a model of arrays, a denoiser or a flow: `x` [N, *shape] in the data's own unit, and their cost.
+
+    `solver` and `steps`: how a denoiser goes from noise to data; a flow takes one call. `label`: the class of all samples, or of
+    each. `options`: any other field of `SampleConfig` by name, e.g. {"grid": "uniform", "process": "vp"}.
+    Raises ValueError for a bad option, and for what the model, the solver and the grid refuse.
+    """
+    labels = () if label is None else (label,) if isinstance(label, int) else tuple(label)
+    kinds = {
+        name: {"kind": kind} if isinstance(kind, str) else kind for name, kind in {"solver": solver, **(options or {})}.items()
+    }
+    fields = {"count": count, "steps": steps, "label": labels, "guidance": guidance, "seed": seed, **kinds}
+    return sample_arrays(load_arrays(model) if isinstance(model, Path | str) else model, parse(SampleConfig, fields))

@@ -1,5 +1,6 @@
-"""Samples of continuous data from a trained denoiser, as a request asks for them. The loop itself is `denoise`."""
+"""Samples of continuous data from a trained denoiser or flow, as a request asks for them. The loop itself is `denoise`."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
@@ -20,6 +21,7 @@ from fewstep.diffusion.solvers import SOLVERS
 from fewstep.diffusion.solvers.ode import DEISConfig
 from fewstep.diffusion.solvers.unipc import UniPCConfig
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.flow import Flow
 
 Watch = Callable[[Event[Sampled]], None]
 
@@ -62,12 +64,14 @@ class Samples:
 
 
 @torch.no_grad()
-def sample(model: Denoiser, config: SampleConfig = SampleConfig(), watch: Watch | None = None) -> Samples:
-    """Samples of `model` as `config` asks; `watch` sees every event of every batch.
+def sample(model: Denoiser | Flow, config: SampleConfig = SampleConfig(), watch: Watch | None = None) -> Samples:
+    """Samples of `model` as `config` asks; `watch` sees every event of every batch. A flow takes one call and has no events.
 
-    Raises ValueError for labels that are neither one nor as many as the samples, for guidance without a class, and for what
-    solver, grid and process refuse.
+    Raises ValueError for labels that are neither one nor as many as the samples or that the model does not take, for guidance
+    without a class, and for what solver, grid and process refuse.
     """
+    if isinstance(model, Flow):
+        return _in_one_pass(model, config)
     if len(config.label) not in (0, 1, config.count):
         raise ValueError(f"label: {len(config.label)} classes for {config.count} samples; give one, or one for each")
     if config.guidance != 1 and not config.label:
@@ -103,3 +107,21 @@ def _conditioned(model: Denoiser, process: Process, labels: Sequence[int], confi
         return model.denoiser(None, process)(x, t)
 
     return Guided(given, free, process, config.guidance, config.interval or (0.0, float("inf")))
+
+
+def _in_one_pass(flow: Flow, config: SampleConfig) -> Samples:
+    begun = time.perf_counter()
+    rows = range(config.seed, config.seed + config.count)
+    if config.label and not flow.config.context:
+        raise ValueError(f"label={list(config.label)}: this flow has no condition; leave it out")
+    c = None
+    if flow.config.context:
+        labels = torch.tensor(list(config.label) * (config.count if len(config.label) == 1 else 1), dtype=torch.int64)
+        if len(labels) != config.count or not 0 <= int(labels.min()) <= int(labels.max()) < flow.config.context:
+            top = flow.config.context - 1
+            raise ValueError(
+                f"label={list(config.label)}: this flow is conditional; give one class of 0 .. {top}, or one for each"
+            )
+        c = torch.nn.functional.one_hot(labels, flow.config.context).to(next(flow.parameters()))
+    x = flow.sample(CounterRng.seeded(list(rows)), c)
+    return Samples(x, Cost(calls=config.count, seconds=time.perf_counter() - begun, bytes=x.nbytes))

@@ -30,7 +30,6 @@ from fewstep.report.images_methods import GROUNDS, METHODS, TRAININGS, Ground, r
 from fewstep.report.images_pictures import Way, draw
 from fewstep.report.quality import copying, coverage, energy_distance, frechet_distance, mmd
 from fewstep.report.quality_features import classifier_of, features
-from fewstep.report.sampled import in_one_pass
 from fewstep.report.turns import clock
 from fewstep.training.data.arrays import PARTS, Table
 from fewstep.training.data.points import DENSITIES, Points
@@ -149,7 +148,7 @@ def race(setup: Setup, ground: str, method: str, steps: int) -> dict[str, Any]:
     for k in range(setup.seeds):
         config = entrant.config(steps, count, setup.seed + k * count, min(_BATCH, count))
         begun = clock(_CPU)
-        made = in_one_pass(model, config) if isinstance(model, Flow) else sample(model, config)
+        made = sample(model, config)
         spent.append((clock(_CPU) - begun) / count)
         samples.append(made)
     if isinstance(model, Denoiser):  # once more, watched, so that watching is not timed

@@ -1,7 +1,6 @@
 """Samples of a model of arrays, made and shown: the numbers, what they cost, and a picture. This file knows no solver by name."""
 
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -9,13 +8,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.core.event import Cost, Event
-from fewstep.core.random import CounterRng
+from fewstep.core.event import Event
 from fewstep.decode.arrays import SampleConfig, Samples, sample
 from fewstep.decode.denoise import Sampled
 from fewstep.hub.arrays import load_arrays
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.flow import Flow
 from fewstep.report.pictures import write_animation, write_moving_points, write_points, write_sheet
 
 _DRAWN = 256  # samples in a sheet or an animation of images
@@ -37,7 +34,7 @@ def sample_here(
         if len(frames) <= config.steps and isinstance(model, Denoiser):
             frames.append(model.unnormed(event.payload.x))
 
-    made = sample(model, config, watch) if isinstance(model, Denoiser) else in_one_pass(model, config)
+    made = sample(model, config, watch)
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file({"x": made.x.contiguous()}, out / "samples.safetensors")
@@ -51,25 +48,6 @@ def sample_here(
     console.print(f"{len(made.x)} samples of {shape}: {calls:g} calls each, {seconds:.2f} s in all", soft_wrap=True)
     console.print(", ".join(map(str, [out / "samples.safetensors", *pictures])), soft_wrap=True)
     return made
-
-
-def in_one_pass(flow: Flow, config: SampleConfig) -> Samples:
-    """Samples of a flow: one call each. Raises ValueError for labels that the flow does not take."""
-    begun = time.perf_counter()
-    rows = range(config.seed, config.seed + config.count)
-    if config.label and not flow.config.context:
-        raise ValueError(f"label={list(config.label)}: this flow has no condition; leave it out")
-    c = None
-    if flow.config.context:
-        labels = torch.tensor(list(config.label) * (config.count if len(config.label) == 1 else 1), dtype=torch.int64)
-        if len(labels) != config.count or not 0 <= int(labels.min()) <= int(labels.max()) < flow.config.context:
-            top = flow.config.context - 1
-            raise ValueError(
-                f"label={list(config.label)}: this flow is conditional; give one class of 0 .. {top}, or one for each"
-            )
-        c = torch.nn.functional.one_hot(labels, flow.config.context).to(next(flow.parameters()))
-    x = flow.sample(CounterRng.seeded(list(rows)), c)
-    return Samples(x, Cost(calls=config.count, seconds=time.perf_counter() - begun, bytes=x.nbytes))
 
 
 def _draw(x: Tensor, frames: list[Tensor], out: Path, animation: str) -> list[Path]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fewstep
 from fewstep.core.recipe import Recipe, parse
 from fewstep.decode.arrays import SampleConfig, sample
 from fewstep.hub.arrays import load_arrays
@@ -133,3 +134,14 @@ def test_learned_grids_go_with_their_solver(runs: dict[str, Path]) -> None:
         model, parse(SampleConfig, {"grid": "learned", "steps": 8, "solver": {"kind": "unipc", "terms": 3}, "count": 3})
     )
     assert made.cost.calls == 24 and bool(made.x.isfinite().all())
+
+
+def test_the_public_face_samples_a_model_or_what_a_name_stands_for(runs: dict[str, Path]) -> None:
+    model = load_arrays(runs["points-edm"])
+    one = fewstep.sample(runs["points-edm"], 5, solver="heun", steps=4, seed=3, options={"grid": "uniform"})
+    other = fewstep.sample(model, 5, solver="heun", steps=4, seed=3, options={"grid": {"kind": "uniform"}})
+    assert one.x.shape == (5, 2) and torch.equal(one.x, other.x)
+    assert not torch.equal(one.x, fewstep.sample(model, 5, solver="heun", steps=4, seed=4).x)
+    assert fewstep.sample(runs["points-nsf"], 7).cost.calls == 7
+    with pytest.raises(ValueError, match="solver"):
+        fewstep.sample(model, solver="nothing")
