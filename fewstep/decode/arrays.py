@@ -32,12 +32,13 @@ class SampleConfig(Config):
 
     `process`: the one to sample in (None: the model's own), for any model runs in any. `label`: the class of all rows, or one a
     row; (): none. `guidance` w moves estimates by w - 1 times what the class changes, where sigma / alpha lies in `interval`.
-    Sample i depends on `seed` + i alone.
+    Sample i depends on `seed` + i alone. A model that looks ahead (mean flow) does so under a solver of one call a step, order 1
+    and no noise, such as DDIM; under any other it is a denoiser like all.
     """
 
     count: int = Field(default=64, ge=1)
     batch: int = Field(default=256, ge=1)
-    steps: int = Field(default=18, ge=2)
+    steps: int = Field(default=18, ge=1)
     solver: choice(lambda: SOLVERS, "solver") = DEISConfig()  # type: ignore[valid-type]
     grid: choice(lambda: GRIDS, "grid") = KarrasConfig()  # type: ignore[valid-type]
     process: choice(lambda: PROCESSES, "process") | None = None  # type: ignore[valid-type]
@@ -79,13 +80,14 @@ def sample(model: Denoiser | Flow, config: SampleConfig = SampleConfig(), watch:
     weight = next(model.parameters())
     process = model.process if config.process is None else cast(Process, cast(Any, config.process).build())
     solver, grid = cast(Any, config.solver).build(), cast(Any, config.grid).build(process, config.steps).to(weight.device)
+    ahead = grid if (solver.order, solver.calls, solver.stochastic) == (1, 1, False) else None
     labels = list(config.label) * (config.count if len(config.label) == 1 else 1)
     made, cost = [], Cost()
     for first in range(0, config.count, config.batch):
         rows = range(first, min(first + config.batch, config.count))
         rng = CounterRng.seeded([config.seed + row for row in rows], weight.device)
         x = start(process, grid, model.shape, rng, weight.dtype)
-        denoiser = _conditioned(model, process, labels[rows.start : rows.stop], config)
+        denoiser = _conditioned(model, process, ahead, labels[rows.start : rows.stop], config)
         for event in denoise(denoiser, process, solver, grid, x, rng):
             if watch is not None:
                 watch(event)
@@ -94,17 +96,17 @@ def sample(model: Denoiser | Flow, config: SampleConfig = SampleConfig(), watch:
     return Samples(model.unnormed(torch.cat(made)), cost)
 
 
-def _conditioned(model: Denoiser, process: Process, labels: Sequence[int], config: SampleConfig) -> Denoise:
+def _conditioned(model: Denoiser, process: Process, ahead: Tensor | None, labels: Sequence[int], config: SampleConfig) -> Denoise:
     """The model as a denoiser of `process`, told the class of each row and guided by it."""
     told = torch.tensor(labels, device=next(model.parameters()).device) if labels else None
-    given = model.denoiser(told, process)
+    given = model.denoiser(told, process, ahead)
     if config.guidance == 1:
         return given
     if told is None or not model.classes:
         raise ValueError(f"guidance={config.guidance}: this model tells no classes apart; set guidance=1")
 
     def free(x: Tensor, t: Tensor) -> Any:
-        return model.denoiser(None, process)(x, t)
+        return model.denoiser(None, process, ahead)(x, t)
 
     return Guided(given, free, process, config.guidance, config.interval or (0.0, float("inf")))
 

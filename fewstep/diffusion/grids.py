@@ -32,13 +32,13 @@ class GridConfig(Config):
 
     @abstractmethod
     def ratios(self, first: Tensor, last: Tensor, count: int, process: Process) -> Tensor:
-        """`count` >= 2 ratios that fall from `first` to `last`."""
+        """`count` ratios that fall from `first` to `last`; the first alone where `count` is 1."""
         ...
 
     def build(self, process: Process, steps: int) -> Tensor:
-        """[steps + 1] float64 times. Raises ValueError for less than two steps or ends that are none."""
-        if steps < 2:
-            raise ValueError(f"steps={steps}: a grid has at least 2; one step needs none, denoise at the first time")
+        """[steps + 1] float64 times. Raises ValueError for less than one step or ends that are none."""
+        if steps < 1:
+            raise ValueError(f"steps={steps}: a grid has at least 1; raise it")
         begin, end = (ratio(process, torch.tensor(t, dtype=torch.float64)) for t in reversed(process.span))
         first = begin.clamp(max=80.0) if self.most is None else begin.new_tensor(self.most)
         last = end.clamp(min=0.002) if self.least is None else end.new_tensor(self.least)

@@ -98,13 +98,21 @@ class ParameterisationConfig(Config):
             return 1000 * at.t.double() - 1
         return torch.log(at.ratio) / 4 if self.clock == "quarter-log" else torch.log(at.ratio / 2)
 
+    def inputs(self, x: Tensor, at: Point) -> tuple[Tensor, Tensor]:
+        """What the network is given at x_t: c_in x_t, and c_noise in the dtype of x."""
+        return spread(self.c_in(at), x) * x, self.c_noise(at).to(x.dtype)
+
+    def estimate(self, output: Tensor, x: Tensor, at: Point) -> Tensor:
+        """D = E[x_0 | x_t] of the network's output F at x_t."""
+        c_skip, c_out = (spread(c, x) for c in self.unmix(at))
+        return c_skip * x + c_out * output
+
     def denoiser(self, network: Network, process: Process) -> Denoise:
         """The network as E[x_0 | x_t] of the process that it was trained on. Cost: three multiplications of x."""
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             at = Point(process, t)
-            c_skip, c_out = (spread(c, x) for c in self.unmix(at))
-            return c_skip * x + c_out * network(spread(self.c_in(at), x) * x, self.c_noise(at).to(x.dtype))
+            return self.estimate(network(*self.inputs(x, at)), x, at)
 
         return denoise
 
@@ -113,8 +121,7 @@ class ParameterisationConfig(Config):
         at, x_t = Point(process, t), diffuse(process, x_0, t, eps)
         m, n = (spread(c, x_0) for c in self.mix(at))
         target = m * x_0 + n * eps.to(x_0.dtype)
-        inputs, weight = spread(self.c_in(at), x_0) * x_t, self.weight(at).to(x_0.dtype)
-        return Example(x_t, inputs, self.c_noise(at).to(x_0.dtype), target, weight)
+        return Example(x_t, *self.inputs(x_t, at), target, self.weight(at).to(x_0.dtype))
 
 
 def convert(output: Tensor, x: Tensor, at: Point, source: ParameterisationConfig, target: ParameterisationConfig) -> Tensor:
@@ -124,10 +131,9 @@ def convert(output: Tensor, x: Tensor, at: Point, source: ParameterisationConfig
     """
     if source == target:
         return output
-    c_skip, c_out = (spread(c, x) for c in source.unmix(at))
     m, n = target.mix(at)
     direct = spread(n / at.sigma, x)
-    return direct * x + spread(m - n * (at.alpha / at.sigma), x) * (c_skip * x + c_out * output)
+    return direct * x + spread(m - n * (at.alpha / at.sigma), x) * source.estimate(output, x, at)
 
 
 @final

@@ -8,6 +8,8 @@ from fewstep.core.recipe import Config, Recipe, suggestion
 from fewstep.models.denoiser import DenoiserConfig
 from fewstep.models.flow import FlowConfig
 from fewstep.models.model import MODELS
+from fewstep.recipes.converting import ConvertedConfig
+from fewstep.recipes.distilling import StudentConfig
 from fewstep.recipes.drafting import DrafterConfig
 from fewstep.training.data import ARRAYS, DATA, TOKENIZERS
 from fewstep.training.objectives import OBJECTIVES
@@ -17,7 +19,7 @@ from fewstep.training.precision import PRECISIONS
 from fewstep.training.schedule import SCHEDULES
 
 NETWORKS: Mapping[str, type[Config]] = MappingProxyType(
-    {**MODELS, **{config.kind: config for config in (DrafterConfig, FlowConfig, DenoiserConfig)}}
+    {**MODELS, **{config.kind: config for config in (DrafterConfig, ConvertedConfig, FlowConfig, DenoiserConfig, StudentConfig)}}
 )
 SOURCES: Mapping[str, type[Config]] = MappingProxyType({**DATA, **ARRAYS})
 

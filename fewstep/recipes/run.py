@@ -19,17 +19,28 @@ from fewstep.models.denoiser import Denoiser, DenoiserConfig
 from fewstep.models.flow import Flow, FlowConfig
 from fewstep.models.model import Model
 from fewstep.recipes import load_recipe
+from fewstep.recipes.converting import described, open_start
+from fewstep.recipes.distilling import StudentConfig, data_of, objective_of, open_teacher
 from fewstep.recipes.drafting import corpus_of, finish, open_target, restrict
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.training.data import ArraysConfig, BPEConfig, DataConfig, Dataset, prepare
 from fewstep.training.data.arrays import Arrays
+from fewstep.training.objectives.consistency import ConsistencyObjectiveConfig
 from fewstep.training.objectives.denoising import DenoisingConfig
 from fewstep.training.objectives.likelihood import LikelihoodConfig
+from fewstep.training.objectives.mean_flow import MeanFlowConfig
+from fewstep.training.objectives.sliced import SlicedConfig
+from fewstep.training.objectives.variational import VariationalConfig
 from fewstep.training.plan import Plan
 from fewstep.training.trainer import Summary, Trainer, Validation
 
-LEARNT_BY: Mapping[str, str] = MappingProxyType(  # the objective of each kind of model of arrays
-    {FlowConfig.kind: LikelihoodConfig.kind, DenoiserConfig.kind: DenoisingConfig.kind}
+_OF_DENOISERS = (DenoisingConfig, SlicedConfig, VariationalConfig, ConsistencyObjectiveConfig, MeanFlowConfig)
+LEARNT_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(  # the objectives of each kind of model of arrays
+    {
+        FlowConfig.kind: (LikelihoodConfig.kind,),
+        DenoiserConfig.kind: tuple(config.kind for config in _OF_DENOISERS),
+        StudentConfig.kind: (DenoisingConfig.kind, ConsistencyObjectiveConfig.kind),
+    }
 )
 
 
@@ -75,8 +86,11 @@ def train(
     if isinstance(recipe["data"], ArraysConfig) or recipe["model"].kind in LEARNT_BY:
         return _train_on_arrays(recipe, plan, directory, resume, device, console)
     target = open_target(recipe, device, plan.run.seed)
-    dataset = _prepared(recipe, target, console.print)
-    network = build_network(recipe, dataset, plan.run.seed).to(device) if target is None else target.network
+    given = target or open_start(recipe, device)
+    dataset = _prepared(recipe, given, console.print)
+    network = build_network(recipe, dataset, plan.run.seed).to(device) if given is None else given.network
+    if given is not target:
+        recipe = described(recipe, network)
     if target is not None:
         restrict(target.network, dataset)
     objective = sections["objective"].build()
@@ -101,13 +115,18 @@ def train(
 def _train_on_arrays(recipe: Recipe, plan: Plan, directory: Path, resume: bool, device: str, console: Console) -> Trained:
     """The same for data that are arrays: no tokens, no tokenizer."""
     source, config, run = recipe["data"], cast(Any, recipe["model"]), plan.run
-    objective = LEARNT_BY.get(config.kind)
-    if not isinstance(source, ArraysConfig) or objective is None:
+    objectives = LEARNT_BY.get(config.kind, ())
+    if not isinstance(source, ArraysConfig) or not objectives:
         kinds = " or ".join(repr(kind) for kind in LEARNT_BY)
         raise ValueError(f"model.kind={config.kind!r}: does not learn data.kind={source.kind!r}; arrays need model.kind={kinds}")
-    if recipe["objective"].kind != objective:
-        raise ValueError(f"objective.kind={recipe['objective'].kind!r}: reads no arrays; set objective.kind={objective!r}")
-    arrays = source.build()
+    if recipe["objective"].kind not in objectives:
+        kinds = " or ".join(map(repr, objectives))
+        raise ValueError(f"objective.kind={recipe['objective'].kind!r}: does not teach a {config.kind}; choose {kinds}")
+    teacher = open_teacher(config, device)
+    if teacher is not None:
+        config = cast(StudentConfig, config).like(teacher)
+        recipe = recipe.model_copy(update={"sections": {**recipe.sections, "model": config}})
+    arrays = data_of(source, teacher, cache_directory(), console)
     told = "classes" if isinstance(config, DenoiserConfig) else "context"
     for name, needed, given in (("shape", arrays.shape, config.shape), (told, arrays.context, getattr(config, told))):
         if needed != given:
@@ -115,9 +134,11 @@ def _train_on_arrays(recipe: Recipe, plan: Plan, directory: Path, resume: bool, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         network = config.build().to(device)
+    if teacher is not None:
+        network.load_state_dict(teacher.state_dict())
     trainer = Trainer(
         network,
-        cast(Any, recipe["objective"]).build(),
+        objective_of(recipe["objective"], teacher),
         arrays.train(run.batch, run.seed),
         plan,
         directory,

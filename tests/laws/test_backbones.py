@@ -28,10 +28,10 @@ CASES = [*((name, {}) for name in BACKBONES), *(("dit", fields) for fields in DI
 IDS = [*BACKBONES, *(f"dit-{name}" for name, fields in DITS.items() if fields)]
 
 
-def made(name: str, fields: dict[str, Any], seed: int, classes: int = 3) -> torch.nn.Module:
+def made(name: str, fields: dict[str, Any], seed: int, classes: int = 3, *more: int) -> torch.nn.Module:
     """A small backbone in float64 with no weight left at zero."""
     torch.manual_seed(seed)
-    network: torch.nn.Module = parse(BACKBONES[name], {**SMALL[name], **fields}).build(SHAPES[name], classes)  # type: ignore[attr-defined]
+    network: torch.nn.Module = parse(BACKBONES[name], {**SMALL[name], **fields}).build(SHAPES[name], classes, *more)  # type: ignore[attr-defined]
     network = network.double()
     with torch.no_grad():
         for weight in network.parameters():
@@ -66,6 +66,27 @@ def test_noise_and_class_are_heard(name: str, fields: dict[str, Any], seed: int)
     assert ((network(x, noise + 0.1, label) - y).flatten(1).abs().amax(1) > 1e-6).all()
     assert ((network(x, noise, (label + 2) % 3) - y).flatten(1).abs().amax(1) > 1e-6).all()
     torch.testing.assert_close(network(x, noise, None), network(x, noise, torch.full((3,), -1)))
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_further_numbers_are_heard_and_zeros_say_nothing(name: str, seed: int) -> None:
+    network, (x, noise, label) = made(name, {}, seed, 3, 2, 1), inputs(name)
+    y, told = network(x, noise, label), torch.randn(3, 2).double()
+    assert torch.equal(network(x, noise, label, torch.zeros_like(told)), y)
+    assert ((network(x, noise, label, told) - y).flatten(1).abs().amax(1) > 1e-6).all()
+    with pytest.raises(ValueError, match=r"^told: [^\n]*; [^\n]*$"):
+        made(name, {}, seed)(x, noise, label, told)
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_more_outputs_are_independent_ones(name: str, seed: int) -> None:
+    network, (x, noise, label) = made(name, {}, seed, 3, 0, 2), inputs(name)
+    first, second = network(x, noise, label).chunk(2, 1)
+    assert first.shape == second.shape == x.shape
+    for mine, other in ((first, second), (second, first)):
+        weights = torch.autograd.grad(mine.sum(), list(network.out.parameters()), retain_graph=True)  # type: ignore[union-attr]
+        theirs = torch.autograd.grad(other.sum(), list(network.out.parameters()), retain_graph=True)  # type: ignore[union-attr]
+        assert all(not torch.equal(a, b) and bool((a * b == 0).all()) for a, b in zip(weights, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))

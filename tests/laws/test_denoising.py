@@ -49,9 +49,9 @@ def test_the_loss_is_least_for_the_expectation_of_the_data(process: str, paramet
     seen: list[tuple[Tensor, Tensor]] = []
 
     def leaning(by: float) -> float:
-        def network(inputs: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        def network(inputs: Tensor, c_noise: Tensor, label: Any = None, told: Any = None) -> Any:
             at, x_t = seen[0]
-            return exact(at, x_t) + by
+            return exact(at, x_t) + by, None
 
         model.network = network  # type: ignore[method-assign]
         return float(objective.loss(model, Batch(torch.zeros(len(data), 1), extra={"x": data}), rows(seed, len(data))).value)
@@ -93,13 +93,16 @@ def test_times_follow_their_laws() -> None:
     assert torch.allclose(DenoisingConfig(times="uniform").drawn(flow, uniform), uniform)
     even = torch.log(edm.sigma(DenoisingConfig(times="log-uniform").drawn(edm, uniform)))
     assert torch.allclose(even, math.log(0.002) + math.log(80 / 0.002) * uniform)
+    levels = torch.log(edm.sigma(DenoisingConfig(times="levels", levels=5).drawn(edm, uniform)))
+    wanted = math.log(0.002) + math.log(80 / 0.002) * torch.arange(5).double() / 4
+    assert torch.allclose(levels.unique(), wanted) and torch.equal(levels, levels.sort().values)
     mode = DenoisingConfig(times="mode", spread=1.29).drawn(flow, uniform)
     assert bool((mode.diff() < 0).all()) and float(mode[0]) > 0.999 and float(mode[-1]) < 0.001
     middle = ((mode > 0.25) & (mode < 0.75)).double().mean()
     assert float(middle) > 0.5 + 0.1  # which is what the law is for
 
 
-@pytest.mark.parametrize("times", ["uniform", "log-normal", "log-uniform", "mode"])
+@pytest.mark.parametrize("times", ["uniform", "log-normal", "log-uniform", "levels", "mode"])
 @pytest.mark.parametrize("process", list(PROCESSES))
 def test_times_lie_in_the_span(times: Any, process: str) -> None:
     made = PROCESSES[process]().build()
@@ -124,8 +127,8 @@ def test_optimal_pairs_are_the_nearest(seed: int) -> None:
     model = denoiser(seed, "flow", "velocity")
     data, found = batch(64), dict[str, Tensor]()
 
-    def network(inputs: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        return torch.zeros_like(inputs)
+    def network(inputs: Tensor, c_noise: Tensor, label: Any = None, told: Any = None) -> Any:
+        return torch.zeros_like(inputs), None
 
     model.network = network  # type: ignore[method-assign]
     for pairing in ("independent", "optimal"):
@@ -145,7 +148,7 @@ def test_classes_are_withheld_in_training_only(seed: int) -> None:
     told: list[Tensor] = []
     inner = model.network
 
-    def network(inputs: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def network(inputs: Tensor, c_noise: Tensor, label: Tensor | None = None, more: Any = None) -> Any:
         assert label is not None
         told.append(label)
         return inner(inputs, c_noise, label)

@@ -55,8 +55,8 @@ def test_flow_matchings_whole_line_is_a_grid_too() -> None:
 
 
 def test_what_is_no_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        KarrasConfig().build(VPConfig(), 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        KarrasConfig().build(VPConfig(), 0)
     with pytest.raises(ValueError, match="exchange them"):
         KarrasConfig(most=0.1, least=1.0).build(VPConfig(), 4)
     with pytest.raises(ValueError, match="steps=4: a grid was learned for 2 only"):

@@ -168,7 +168,12 @@ CHAINS = {  # steps, most noise
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [*((name, "vp") for name in STOCHASTIC), ("predictor-corrector", "sub-vp"), ("euler-maruyama", "ve")]
+    ("name", "key"),
+    [
+        *((name, "vp") for name in STOCHASTIC if BUILT[name].order or name == "annealed-langevin"),
+        ("predictor-corrector", "sub-vp"),
+        ("euler-maruyama", "ve"),
+    ],
 )
 def test_moments_of_stochastic_samples(name: str, key: str, seed: int) -> None:
     """Five moments within 5 standard errors, of which each fails once in 1.7 million; the bias of the steps is a fifth of one."""

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from fewstep.core.recipe import Config
 from fewstep.diffusion.solvers.adaptive import AdaptiveConfig
 from fewstep.diffusion.solvers.ancestral import AncestralConfig
+from fewstep.diffusion.solvers.consistency import ConsistencySamplerConfig
 from fewstep.diffusion.solvers.heun import ChurnConfig, HeunConfig
 from fewstep.diffusion.solvers.langevin import AnnealedLangevinConfig, PredictorCorrectorConfig
 from fewstep.diffusion.solvers.ode import DEISConfig, DPMSolverConfig, EulerConfig
@@ -29,6 +30,7 @@ SOLVERS: Mapping[str, type[Config]] = MappingProxyType(
             PredictorCorrectorConfig,
             AnnealedLangevinConfig,
             AdaptiveConfig,
+            ConsistencySamplerConfig,
         )
     }
 )

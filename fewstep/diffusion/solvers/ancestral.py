@@ -50,7 +50,8 @@ class Ancestral:
         if self._variance == "learned":
             if not isinstance(estimate, Denoised) or estimate.variance is None:
                 raise ValueError("variance='learned': this denoiser returns none; choose 'small' or 'large'")
-            deviation = small ** (1 - estimate.variance) * large**estimate.variance
+            floor = torch.finfo(x.dtype).tiny  # a step to sigma = 0 has no deviation, whatever the power
+            deviation = large * (small.clamp(min=floor) / large.clamp(min=floor)) ** (1 - estimate.variance)
         return moved + deviation * gaussian(x, rng), memory
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fewstep.core.mixer import Causal, Context, Full
 from fewstep.core.position import NoPosition
 from fewstep.core.recipe import choice
-from fewstep.nn.backbones.conditioning import Conditioning
+from fewstep.nn.backbones.conditioning import HIGH, Conditioning
 from fewstep.nn.blocks import MLP, BlockConfig, norm
 from fewstep.nn.mixers import MIXERS
 from fewstep.nn.mixers.attention import AttentionConfig
@@ -21,7 +21,8 @@ from fewstep.nn.position.plane import AxialRopeConfig, PlaneConfig
 class DiTConfig(BlockConfig):
     """`depth` blocks over patches of `patch` pixels a side. `mixers` lists the mixer of each layer and repeats over the depth.
 
-    Where a mixer only looks back, every other layer of those reads the patches from the last to the first.
+    Where a mixer only looks back, every other layer of those reads the patches from the last to the first. The noise level is
+    told in waves of up to `turns`.
     """
 
     kind: ClassVar[str] = "dit"
@@ -34,9 +35,10 @@ class DiTConfig(BlockConfig):
     patch: int = Field(default=2, ge=1)
     mixers: tuple[choice(lambda: MIXERS, "mixers"), ...] = (AttentionConfig(),)  # type: ignore[valid-type]
     position: choice(lambda: POSITIONS, "position") = AxialRopeConfig()  # type: ignore[valid-type]
+    turns: float = Field(default=HIGH, gt=0)
 
-    def build(self, shape: tuple[int, ...], classes: int = 0) -> "DiT":
-        return DiT(self, shape, classes)
+    def build(self, shape: tuple[int, ...], classes: int = 0, told: int = 0, outputs: int = 1) -> "DiT":
+        return DiT(self, shape, Conditioning(self.width, classes, told, self.turns), outputs)
 
 
 @final
@@ -68,14 +70,14 @@ class ModulatedBlock(nn.Module):
 class DiT(nn.Module):
     """For images [C,H,W] as HW/p^2 patches in rows. Cost: depth times a block of the mixer; T = HW/p^2 tokens."""
 
-    def __init__(self, config: DiTConfig, shape: tuple[int, ...], classes: int) -> None:
+    def __init__(self, config: DiTConfig, shape: tuple[int, ...], condition: Conditioning, outputs: int) -> None:
         """Raises ValueError for a `shape` that is no image or no whole number of patches."""
         super().__init__()
         if len(shape) != 3 or any(side % config.patch for side in shape[1:]):
             raise ValueError(f"shape={shape}: expected channels, height and width, both multiples of patch={config.patch}")
         self.patch, self.channels = config.patch, shape[0]
         features = shape[0] * config.patch**2
-        self.condition = Conditioning(config.width, classes)
+        self.condition = condition
         self.first = nn.Linear(features, config.width)
         head_widths = {mixer.widths(config.width, config.query_heads)[1] for mixer in config.mixers}
         if len(head_widths) > 1:
@@ -96,13 +98,13 @@ class DiT(nn.Module):
             self.blocks.append(ModulatedBlock(config, mixer, backwards=causal and looking_back % 2 == 1))
             looking_back += causal
         self.norm = norm(config.norm, config.width, config.eps)
-        self.modulation, self.out = nn.Linear(config.width, 2 * config.width), nn.Linear(config.width, features)
+        self.modulation, self.out = nn.Linear(config.width, 2 * config.width), nn.Linear(config.width, outputs * features)
         for part in (self.modulation, self.out):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
 
-    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """x [B,C,H,W], noise [B], label [B] or None -> [B,C,H,W]."""
+    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None, told: Tensor | None = None) -> Tensor:
+        """x [B,C,H,W], noise [B], label [B] or None, told [B,E] or None -> [B, outputs C,H,W]."""
         batch, channels, height, width = x.shape
         rows, columns, side = height // self.patch, width // self.patch, self.patch
         patches = x.view(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -110,15 +112,15 @@ class DiT(nn.Module):
         if self._planar:
             places = torch.stack([places // columns, places % columns], 1)
         positions = places.expand(batch, *places.shape)
-        condition = self.condition(noise, label)
+        condition = self.condition(noise, label, told)
         h = self.position.embed(self.first(patches), positions)
         shared: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}
         for block in self.blocks:
             h = block(h, condition, positions, shared[block.backwards])  # type: ignore[index]
         scale, shift = self.modulation(condition).unsqueeze(1).chunk(2, -1)
         h = self.out(self.norm(h) * (1 + scale) + shift)
-        h = h.view(batch, rows, columns, channels, side, side).permute(0, 3, 1, 4, 2, 5)
-        return h.reshape(x.shape)
+        h = h.view(batch, rows, columns, -1, side, side).permute(0, 3, 1, 4, 2, 5)
+        return h.reshape(batch, -1, height, width)
 
     def _encoding(self, config: DiTConfig) -> NoPosition:
         made: NoPosition = config.position.build(head_width=self._head_width, width=config.width, heads=config.query_heads)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
 
 from fewstep.core.recipe import Config
-from fewstep.nn.backbones.conditioning import Conditioning
+from fewstep.nn.backbones.conditioning import HIGH, Conditioning
 
 
 @final
 class UNetConfig(Config):
     """`multiples` of `width` channels, one a resolution, each half the one before; `blocks` residual blocks at each.
 
-    Self-attention at resolutions of at most `attention` pixels a side.
+    Self-attention at resolutions of at most `attention` pixels a side. The noise level is told in waves of up to `turns`.
     """
 
     kind: ClassVar[str] = "unet"
@@ -25,9 +25,10 @@ class UNetConfig(Config):
     multiples: tuple[int, ...] = (1, 2)
     blocks: int = Field(default=1, ge=1)
     attention: int = Field(default=4, ge=0)
+    turns: float = Field(default=HIGH, gt=0)
 
-    def build(self, shape: tuple[int, ...], classes: int = 0) -> "UNet":
-        return UNet(self, shape, classes)
+    def build(self, shape: tuple[int, ...], classes: int = 0, told: int = 0, outputs: int = 1) -> "UNet":
+        return UNet(self, shape, Conditioning(4 * self.width, classes, told, self.turns), outputs)
 
 
 @final
@@ -76,7 +77,7 @@ class PixelAttention(nn.Module):
 class UNet(nn.Module):
     """For images [C,H,W]. Cost: dominated by the convolutions, 9 inputs x outputs a pixel each."""
 
-    def __init__(self, config: UNetConfig, shape: tuple[int, ...], classes: int) -> None:
+    def __init__(self, config: UNetConfig, shape: tuple[int, ...], conditioning: Conditioning, outputs: int) -> None:
         """Raises ValueError for a `shape` that is no image, or whose sides cannot be halved as often as asked for."""
         super().__init__()
         halvings = len(config.multiples) - 1
@@ -87,7 +88,7 @@ class UNet(nn.Module):
             )
         channels, side = shape[0], max(shape[1:])
         condition = 4 * config.width
-        self.condition = Conditioning(condition, classes)
+        self.condition = conditioning
         self.first = nn.Conv2d(channels, config.width, 3, padding=1)
         widths = [multiple * config.width for multiple in config.multiples]
         kept, now = [config.width], config.width  # channels of what is carried across, and of the stream
@@ -108,13 +109,13 @@ class UNet(nn.Module):
                 blocks.append(ResidualBlock(now + kept.pop(), width, condition, attends))
                 now = width
             self.rising.append(blocks)
-        self.norm, self.out = nn.GroupNorm(8, now), nn.Conv2d(now, channels, 3, padding=1)
+        self.norm, self.out = nn.GroupNorm(8, now), nn.Conv2d(now, outputs * channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """x [B,C,H,W], noise [B], label [B] or None -> [B,C,H,W]."""
-        condition = self.condition(noise, label)
+    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None, told: Tensor | None = None) -> Tensor:
+        """x [B,C,H,W], noise [B], label [B] or None, told [B,E] or None -> [B, outputs C,H,W]."""
+        condition = self.condition(noise, label, told)
         h = self.first(x)
         kept = [h]
         for level, blocks in enumerate(self.falling):

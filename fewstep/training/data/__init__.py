@@ -9,6 +9,7 @@ from types import MappingProxyType
 from fewstep.core.recipe import Config
 from fewstep.training.data.arrays import ArraysConfig, CSVConfig, DigitsConfig
 from fewstep.training.data.bpe import BPEConfig
+from fewstep.training.data.coupling import CouplingConfig
 from fewstep.training.data.dataset import Dataset, prepare
 from fewstep.training.data.drawings import GlyphsConfig, ShapesConfig
 from fewstep.training.data.images import ImagesConfig
@@ -22,7 +23,10 @@ DATA: Mapping[str, type[DataConfig]] = MappingProxyType(
     {config.kind: config for config in (StdlibConfig, TextConfig, SelfDistilledConfig)}
 )
 ARRAYS: Mapping[str, type[ArraysConfig]] = MappingProxyType(
-    {config.kind: config for config in (PointsConfig, DigitsConfig, CSVConfig, ImagesConfig, GlyphsConfig, ShapesConfig)}
+    {
+        config.kind: config
+        for config in (PointsConfig, DigitsConfig, CSVConfig, ImagesConfig, GlyphsConfig, ShapesConfig, CouplingConfig)
+    }
 )
 TOKENIZERS: Mapping[str, type[Config]] = MappingProxyType({config.kind: config for config in (BPEConfig, TargetTokenizerConfig)})
 
