@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.mixer import Mask, Tree
+from fewstep.core.mixer import Blocks, Mask, Tree
 from fewstep.core.model import Output
 from fewstep.core.recipe import parse
 from fewstep.models.decoder import Decoder, DecoderConfig
@@ -164,3 +164,49 @@ class TableModel(nn.Module):
         """The logits after a whole sequence, by plain lookup."""
         last = [*reversed(tokens[-3:]), -1, -1, -1][:3]
         return self.table[(len(tokens) - 1) % _PERIOD, last[0], last[1], last[2]].tolist()
+
+
+class MaskedTable(TableModel):
+    """A block diffusion model near the table `like`: a token is told those known before it, and the one after it if it is known.
+
+    Its mask is the id after the last of `like`.
+    """
+
+    def __init__(self, like: TableModel, seed: int, near: float) -> None:
+        super().__init__(like.vocab, seed, like=like, near=near)
+        self.mask_token, self.noisy = like.vocab, False
+        self.vocab = self.width = like.vocab + 1
+
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        return self, self
+
+    def extend(
+        self,
+        tree: Tree,
+        state: TableState,
+        *,
+        taps: tuple[str, ...] = (),
+        need: Tensor | None = None,
+        mask: Mask | None = None,
+        positions: Tensor | None = None,
+        inputs: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Output:
+        assert isinstance(mask, Blocks), "block diffusion reads in blocks"
+        output = super().extend(tree, state)
+        new: Any = output.state
+        node = torch.arange(tree.size).expand_as(tree.tokens)
+        position = new.lengths.unsqueeze(1) + node
+        assert not bool((new.lengths % mask.size).any()), "the cache holds whole blocks"
+        before = [new.up(node), new.up(new.up(node)), new.up(new.up(new.up(node)))]
+        left, second, third = (self._known(new.token(each)) for each in before)
+        after = self._known(nn.functional.pad(tree.tokens[:, 1:], (0, 1), value=self.mask_token))
+        told = (after >= 0).unsqueeze(-1) * nn.functional.one_hot(after.clamp(min=0), self.mask_token)
+        logits = nn.functional.pad(self.table[(position - 1) % _PERIOD, left, second, third] + 2 * told, (0, 1))
+        if need is not None:
+            logits = logits.gather(1, need.unsqueeze(-1).expand(-1, -1, self.vocab))
+        return Output(logits, {}, new)
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        return torch.where(tokens == self.mask_token, -1, tokens)

@@ -15,7 +15,7 @@ from fewstep.hub.spelling import Key
 from fewstep.models.decoder import DecoderConfig
 from fewstep.nn.mixers.attention import AttentionConfig
 
-Spelling = Key | bool | str  # a key of config.json, or what is always so in the family
+Spelling = Key | bool | str | None  # a key of config.json, or what is always so in the family (None: what follows from others)
 
 _WIDE, _MANY = 1 << 24, 1 << 16  # limits far above any model, so that no product of sizes in a hostile file overflows
 _EPS = Key("rms_norm_eps", float, 1e-6)
@@ -72,6 +72,61 @@ _FIRST_WINDOW = Key("max_window_layers", int, 28, least=0)
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
+_LLADA: Mapping[str, Spelling] = MappingProxyType(
+    {
+        "vocab": Key("embedding_size", int, most=_WIDE),
+        "width": Key("d_model", int, most=_WIDE),
+        "depth": Key("n_layers", int, most=_MANY),
+        "query_heads": Key("n_heads", int, most=_MANY),
+        "hidden": Key("mlp_hidden_size", int, most=_WIDE),
+        "activation": Key("activation_type", str, words={"silu": "swiglu"}),
+        "eps": Key("rms_norm_eps", float, 1e-5),
+        "tied": Key("weight_tying", bool, True),
+        "max_positions": Key("max_sequence_length", int),
+        "init_std": Key("init_std", float, 0.02),
+        "mask_token": Key("mask_token_id", int, 126336, least=0, most=_WIDE),
+        "norm": "rms",
+        "mlp_bias": False,
+    }
+)
+_LLADA_MIXER: Mapping[str, Spelling] = MappingProxyType(
+    {
+        "kv_heads": Key("n_kv_heads", int, None, most=_MANY),
+        "head_width": None,
+        "eps": _LLADA["eps"],
+        "qk_norm": False,
+        "bias": Key("include_qkv_bias", bool, False),
+        "out_bias": False,
+    }
+)
+_LLADA_FIXED: Mapping[str, tuple[Any, Any]] = MappingProxyType(
+    {
+        "block_type": ("sequential", "llama"),
+        "layer_norm_type": ("default", "rms"),
+        "rope": (False, True),
+        "alibi": (False, False),
+        "attention_layer_norm": (False, False),
+        "include_bias": (False, False),
+        "input_emb_norm": (False, False),
+        "scale_logits": (False, False),
+        "block_group_size": (1, 1),
+    }
+)
+_LLADA_TENSORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "embedding": ("model.transformer.wte",),
+        "norm": ("model.transformer.ln_f",),
+        "head": ("model.transformer.ff_out",),
+        "blocks.mixer_norm": ("model.transformer.blocks.{layer}.attn_norm",),
+        "blocks.mixer.qkv": tuple(f"model.transformer.blocks.{{layer}}.{part}_proj" for part in "qkv"),
+        "blocks.mixer.out": ("model.transformer.blocks.{layer}.attn_out",),
+        "blocks.mlp_norm": ("model.transformer.blocks.{layer}.ff_norm",),
+        "blocks.mlp.up": ("model.transformer.blocks.{layer}.ff_proj", "model.transformer.blocks.{layer}.up_proj"),
+        "blocks.mlp.down": ("model.transformer.blocks.{layer}.ff_out",),
+    }
+)
+
+
 @final
 @dataclass(frozen=True)
 class Family:
@@ -79,7 +134,8 @@ class Family:
 
     `windows`: no layer slides, "all" do, or some "layers" do, by `layer_types`. `tensors`: our module (layer number left out) ->
     their modules, whose rows follow one another in ours. `computed`: endings of tensors that some files hold though the config
-    says them already.
+    says them already. `fixed`: keys with what their absence means and the one value that fewstep has. `repeated`: keys that say
+    again what another one does.
     """
 
     model_type: str
@@ -89,6 +145,8 @@ class Family:
     windows: Literal["none", "all", "layers"] = "none"
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _TENSORS)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    fixed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    repeated: Mapping[str, str] = field(default_factory=dict)
 
 
 # Keys left out of a config.json mean what they mean to `transformers`.
@@ -117,6 +175,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 },
                 windows="layers",
             ),
+            Family(  # masked diffusion: its decoder attends both ways, which the mask of a call says and no config
+                "llada",
+                "LLaDAModelLM",
+                decoder=_LLADA,
+                mixer=_LLADA_MIXER,
+                tensors=_LLADA_TENSORS,
+                fixed=_LLADA_FIXED,
+                repeated={"vocab_size": "embedding_size"},
+            ),
         )
     }
 )
@@ -140,6 +207,9 @@ def read_config(family: Family, values: Mapping[str, Any]) -> DecoderConfig:
     """The decoder of a config.json. Raises ValueError naming the key that is missing, wrong, or asks for what fewstep lacks."""
     if values.get("quantization_config") is not None:
         raise ValueError("quantization_config: quantised checkpoints are not supported; use the one it was made from")
+    for name, (absent, ours) in family.fixed.items():
+        if values.get(name, absent) != ours:
+            raise ValueError(f"{name}={values.get(name, absent)!r}: not supported; fewstep has {ours!r}")
     decoder, mixer = _read(family.decoder, values), _read(family.mixer, values)
     mixer["kv_heads"] = mixer["kv_heads"] or decoder["query_heads"]
     mixer["head_width"] = mixer["head_width"] or decoder["width"] // decoder["query_heads"]
@@ -160,6 +230,8 @@ def write_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
     values |= _write(family.decoder, dict(config)) | _write(family.mixer, dict(mixers[0]))
     windows = [mixers[layer % len(mixers)].window for layer in range(config.depth)]
     values |= _write_windows(family, windows) | write_rope(config.position)
+    values |= {name: ours for name, (_, ours) in family.fixed.items()}
+    values |= {name: values[other] for name, other in family.repeated.items()}
     said = read_config(family, values)
     if said != config:
         unsaid = _differences(mixers[0], said.mixers[0]) or _differences(config, said)

@@ -13,8 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import fewstep
 from fewstep.core.recipe import resolve
 from fewstep.decode.drafters import DRAFTERS, DrafterConfig
+from fewstep.decode.drafters.block_diffusion import BlockDiffusionConfig
 from fewstep.decode.drafters.config import HeadsDrafterConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.eagle import Eagle2Config, Eagle3Config, EagleConfig
@@ -28,7 +30,7 @@ from fewstep.decode.drafters.silent import SilentConfig
 from fewstep.decode.generate import Completion, decode
 from fewstep.decode.stream import Settings
 from fewstep.hub.heads import companion
-from fewstep.hub.load import load, locate
+from fewstep.hub.load import load, locate, shipped
 from fewstep.models.decoder import Decoder
 from fewstep.models.model import Model
 from fewstep.nn import kernels
@@ -117,8 +119,26 @@ def continued(
 def test_every_registered_drafter_is_here() -> None:
     heads = {kind for kind, config in DRAFTERS.items() if issubclass(config, HeadsDrafterConfig)}
     here = {config.kind for config in SPECULATIVE.values()} | {SilentConfig.kind}
-    assert here == set(DRAFTERS) - heads | {MultiTokenConfig.kind}, "the other heads lie beside the model"
+    other = {BlockDiffusionConfig.kind}  # wants a model of its own kind, which is not shipped
+    assert here == set(DRAFTERS) - heads - other | {MultiTokenConfig.kind}, "the other heads lie beside the model"
     assert {config.kind for config in WITH_HEADS.values()} == heads - {MultiTokenConfig.kind}
+
+
+def test_what_is_shipped_is_small_and_says_what_it_was_made_from() -> None:
+    assert {"code-nano", "code-nano-eagle", "digits-edm"} <= set(shipped())
+    for directory in shipped().values():
+        card = json.loads((directory / CARD).read_text(encoding="utf-8"))
+        assert card["name"] == directory.name and card["licence_of_data"] and card["training"] and card["parameters"] > 0
+    files = [path for directory in shipped().values() for path in directory.iterdir()]
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) < 40e6
+
+
+def test_the_shipped_digits_are_sampled_by_class() -> None:
+    made = fewstep.sample("digits-edm", 20, label=[0] * 10 + [1] * 10, steps=10)
+    assert made.x.shape == (20, 1, 8, 8) and made.cost.calls == 200
+    zeros, ones = made.x.view(2, 10, 8, 8).mean(1)
+    assert zeros[3:5, 3:5].mean() < 6 < 10 < ones[3:5, 3:5].mean()  # a ring is empty inside, a stroke is not
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -187,7 +187,7 @@ def test_a_recipe_becomes_a_flow(tmp_path: Path) -> None:
     [
         ({"model": {"kind": "decoder"}}, r"^model\.kind='decoder': does not learn data\.kind='points'; "),
         ({"data": {"kind": "text"}}, r"^model\.kind='flow': does not learn data\.kind='text'; "),
-        ({"objective": {"kind": "next_token"}}, r"^objective\.kind='next_token': reads no arrays; "),
+        ({"objective": {"kind": "next_token"}}, r"^objective\.kind='next_token': does not teach a flow; "),
         ({"model": {"kind": "flow", "shape": [3]}}, r"^model\.shape=\(3,\): the data have \(2,\); "),
         ({"model": {"kind": "flow", "context": 1}}, r"^model\.context=1: the data have 0; "),
     ],
@@ -199,4 +199,4 @@ def test_sections_that_do_not_fit_are_refused(sections: dict[str, Any], told: st
 
 
 def test_the_registry_names_every_kind_of_array() -> None:
-    assert list(ARRAYS) == ["points", "digits", "csv", "images", "glyphs", "shapes"]
+    assert list(ARRAYS) == ["points", "digits", "csv", "images", "glyphs", "shapes", "coupling"]

@@ -8,13 +8,14 @@ import torch
 from exactness import cells, chi_square, draws, joint_law
 from test_decode_exact_mtp import table
 from torch import Tensor
-from toys import STACKS, TableModel, random_decoder
+from toys import STACKS, MaskedTable, TableModel, random_decoder
 
 from fewstep.core.draft import Handle, Verdict
 from fewstep.core.mixer import Tree
 from fewstep.core.random import Rng
 from fewstep.decode.drafters import DRAFTERS
-from fewstep.decode.drafters.config import HeadsDrafterConfig
+from fewstep.decode.drafters.block_diffusion import BlockDiffusionConfig
+from fewstep.decode.drafters.config import HeadsDrafterConfig, Load
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.early_exit import EarlyExitConfig
 from fewstep.decode.drafters.lookahead import LookaheadConfig
@@ -43,6 +44,10 @@ SETTINGS = {
     "exit-chain-drawn": EarlyExitConfig(branching=(1, 1, 1)),
     "exit-tree-drawn": EarlyExitConfig(branching=(2, 2), confidence=0.3),
     "exit-tree-reused": EarlyExitConfig(branching=(2, 2), reuse=True),
+    "block-drawn": BlockDiffusionConfig(path="masked", size=3),
+    "block-tree": BlockDiffusionConfig(path="masked", size=4, branching=(2, 1, 2)),
+    "block-chosen": BlockDiffusionConfig(path="masked", size=3, mode="chosen"),
+    "block-in-steps": BlockDiffusionConfig(path="masked", size=4, steps=2),
 }
 COUNTS = {"retrieval": 5_000, "lookahead": 3_000}  # they keep their rows' memory in Python
 LAWS = {
@@ -164,6 +169,12 @@ def models(seed: int) -> tuple[TableModel, TableModel]:
     return target, TableModel(VOCAB, seed + 1, like=target, near=0.5)
 
 
+def lent(target: TableModel, draft: TableModel, seed: int) -> Load:
+    """What settings name by their path."""
+    masked: Any = MaskedTable(target, seed + 2, near=0.7)
+    return lambda path: masked if path == "masked" else draft
+
+
 def p_values(tokens: Tensor, target: TableModel, config: SamplingConfig) -> tuple[float, float]:
     """Of the first three tokens, and of the last three of five (which deeper nodes decide)."""
     law = joint_law(target.after, PROMPT, VOCAB, LENGTH, config)
@@ -190,7 +201,7 @@ def test_every_registered_drafter_is_here() -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_samples_have_the_law_of_the_target(name: str, seed: int) -> None:
     target, draft = models(seed)
-    drafter = SETTINGS[name].build(target, lambda path: draft)
+    drafter = SETTINGS[name].build(target, lent(target, draft, seed))
     config = LAWS["everything" if name == "draft-tree-drawn" else "cool-nucleus" if "draft" in name else "warm"]
     tokens = draws(target, drafter, PROMPT, config, range(seed, seed + COUNTS.get(name, 20_000)), LENGTH)
     assert min(p_values(tokens, target, config)) > FALSE_ALARM
@@ -212,7 +223,7 @@ def test_planted_bugs_are_caught(bug: str, seed: int) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_row_alone_equals_the_row_in_any_batch(name: str, seed: int) -> None:
     target, draft = models(seed)
-    drafter = SETTINGS[name].build(target, lambda path: draft)
+    drafter = SETTINGS[name].build(target, lent(target, draft, seed))
     many = draws(target, drafter, PROMPT, LAWS["hot"], range(seed, seed + 64), 12)
     for batch in (1, 3, 8):
         few = draws(target, drafter, PROMPT, LAWS["hot"], range(seed, seed + batch), 12)
@@ -248,7 +259,7 @@ def test_every_stack_with_every_drafter_and_law(stack: str, name: str, law: str,
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_full_grid_at_batch_4096(name: str, law: str, seed: int) -> None:
     target, draft = models(seed)
-    drafter: Any = SETTINGS[name].build(target, lambda path: draft)
+    drafter: Any = SETTINGS[name].build(target, lent(target, draft, seed))
     starts = range(0, 10 * COUNTS.get(name, 20_000), 4096)
     runs = [draws(target, drafter, PROMPT, LAWS[law], range(start, start + 4096), LENGTH) for start in starts]
     assert min(p_values(torch.cat(runs), target, LAWS[law])) > FALSE_ALARM / 10

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from toys import STACKS, TableModel, random_decoder
+from toys import STACKS, MaskedTable, TableModel, random_decoder
 
 from fewstep.core.event import Cost
 from fewstep.core.mixer import Tree
 from fewstep.core.random import CounterRng
+from fewstep.decode.drafters.block_diffusion import BlockDiffusionConfig
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.early_exit import EarlyExitConfig
 from fewstep.decode.drafters.lookahead import LookaheadConfig
@@ -34,6 +35,9 @@ DRAFTERS = {
     "lookahead": LookaheadConfig(window=3, ngram=3),
     "exit-chain": EarlyExitConfig(),
     "exit-tree": EarlyExitConfig(branching=(2, 2), confidence=0.3),
+    "block-chain": BlockDiffusionConfig(path="masked", size=3),
+    "block-tree": BlockDiffusionConfig(path="masked", size=4, branching=(2, 2, 1, 1), mode="chosen"),
+    "block-in-steps": BlockDiffusionConfig(path="masked", size=4, steps=3),
 }
 ON_STACKS = {
     "ngram-tree": NgramConfig(min_ngram=1, depth=4, branches=3),
@@ -48,6 +52,12 @@ ON_STACKS = {
 QUICK = [(stack, name) for stack in ("mamba2", "linear", "hybrid") for name in ("mtp-chain", "mtp-tree", "own-tree")]
 GREEDY = SamplingConfig()
 PENALISED = SamplingConfig(repetition_penalty=1.7)
+
+
+def lent(target: TableModel, seed: int) -> Any:
+    """What settings name by their path: models near the target."""
+    masked = MaskedTable(target, seed + 1, near=0.8)
+    return lambda path: masked if path == "masked" else TableModel(VOCAB, seed + 1, like=target, near=0.8)
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
@@ -117,7 +127,7 @@ def circling(target: TableModel, prompt: list[int], config: SamplingConfig) -> l
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_every_drafter_emits_the_tokens_of_plain_decoding(name: str, config: SamplingConfig, seed: int) -> None:
     target = TableModel(VOCAB, seed)
-    drafter = DRAFTERS[name].build(target, lambda path: TableModel(VOCAB, seed + 1, like=target, near=0.8))
+    drafter = DRAFTERS[name].build(target, lent(target, seed))
     texts = [text if i % 3 else circling(target, text, config) for i, text in enumerate(prompts(24, seed))]
     truth = [plain(target, text, config, 40) for text in texts]
     together, cost = tokens_of(target, drafter, texts, [config] * 24, max_new_tokens=40)
@@ -162,7 +172,7 @@ def test_plain_decoding_is_the_silent_drafter(seed: int) -> None:
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_requests_of_all_kinds_share_a_batch(name: str, seed: int) -> None:
     target = TableModel(VOCAB, seed)
-    drafter = DRAFTERS[name].build(target, lambda path: TableModel(VOCAB, seed + 1, like=target, near=0.8))
+    drafter = DRAFTERS[name].build(target, lent(target, seed))
     configs = [
         GREEDY,
         SamplingConfig(temperature=1.2),

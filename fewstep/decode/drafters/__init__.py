@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fewstep.decode.drafters.block_diffusion import BlockDiffusionConfig
 from fewstep.decode.drafters.config import DrafterConfig, Load
 from fewstep.decode.drafters.draft_model import DraftModelConfig
 from fewstep.decode.drafters.eagle import Eagle2Config, Eagle3Config, EagleConfig
@@ -32,6 +33,7 @@ DRAFTERS: Mapping[str, type[DrafterConfig]] = MappingProxyType(
             RetrievalConfig,
             LookaheadConfig,
             EarlyExitConfig,
+            BlockDiffusionConfig,
         )
     }
 )
