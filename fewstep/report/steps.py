@@ -136,7 +136,9 @@ def measured_costs(work: Work, drafters: Mapping[Shape, Drafter[Any]], curve: Cu
     start: dict[int, float] = {}
     first = [undisturbed(one) / plain for one in begun]
     for shape, steps_of, prompt in zip(drafters, later[1:], first[1:], strict=True):
-        beyond = undisturbed([seconds / plain - interpolated(curve.steps, nodes) for nodes, seconds in steps_of])
+        # where the texts ended with their first step, that one stands for the others
+        known = steps_of or [(shape.nodes, (prompt - first[0] + 1) * plain)]
+        beyond = undisturbed([seconds / plain - interpolated(curve.steps, nodes) for nodes, seconds in known])
         drafts.setdefault(shape.depth, {})[shape.nodes] = beyond
         whole = beyond + interpolated(curve.steps, shape.nodes)
         start[shape.depth] = max(0.0, min(start.get(shape.depth, 1e9), prompt - first[0] + 1 - whole))
