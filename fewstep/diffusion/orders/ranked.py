@@ -47,6 +47,7 @@ class ConfidenceConfig(RankedConfig):
 
     kind: ClassVar[str] = "confidence"
     source: ClassVar[str] = "Chang et al. 2022, arXiv 2202.04200; Nie et al. 2025, arXiv 2502.09992, algorithm 5"
+    claims: ClassVar[tuple[str, ...]] = ("sampler-trap",)
 
     rank_by: Literal["law", "sampled"] = "law"
 

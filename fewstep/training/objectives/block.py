@@ -29,6 +29,7 @@ class BlockConfig(MaskingConfig):
 
     kind: ClassVar[str] = "block"
     source: ClassVar[str] = "Arriola et al. 2025, arXiv 2503.09573, equation 8, sections 3.1 and 5"
+    claims: ClassVar[tuple[str, ...]] = ("diffusion-order", "block-cache")
 
     size: int = Field(default=4, ge=1)
     clip: bool = False

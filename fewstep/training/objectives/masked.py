@@ -18,6 +18,7 @@ class MaskedConfig(MaskingConfig):
 
     kind: ClassVar[str] = "masked"
     source: ClassVar[str] = "Sahoo et al. 2024, arXiv 2406.07524, equation 10; Nie et al. 2025, arXiv 2502.09992, equation 3"
+    claims: ClassVar[tuple[str, ...]] = ("diffusion-order", "stratified-count", "reversal")
 
     def build(self) -> "MaskedDiffusion":
         return MaskedDiffusion(self)

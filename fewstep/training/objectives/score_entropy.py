@@ -22,6 +22,7 @@ class ScoreEntropyConfig(Config):
 
     kind: ClassVar[str] = "score_entropy"
     source: ClassVar[str] = "Lou et al. 2024, arXiv 2310.16834, equation 10"
+    claims: ClassVar[tuple[str, ...]] = ("diffusion-order",)
 
     corruption: choice(lambda: CORRUPTIONS, "corruption") = AbsorbingConfig()  # type: ignore[valid-type]
     least: float = Field(default=1e-3, gt=0, lt=1)
