@@ -182,7 +182,9 @@ class DigitsConfig(ArraysConfig):
     def build(self) -> Table:
         package = find_spec("sklearn")
         if package is None or not package.submodule_search_locations:
-            raise ValueError("data='digits': the images come with scikit-learn, which is not installed; pip install 'fewstep[digits]'")
+            raise ValueError(
+                "data='digits': the images come with scikit-learn, which is not installed; pip install 'fewstep[digits]'"
+            )
         _, rows = read_table(Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz")
         labels = one_hot(rows[:, -1], 10) if self.classes else None
         return Table(Content(rows[:, :-1].reshape(-1, 1, 8, 8), labels, dequantised=self.dequantised), self.held_out)
