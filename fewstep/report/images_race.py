@@ -27,9 +27,10 @@ from fewstep.report.costs import cpu_name
 from fewstep.report.images_cells import Setup, floor, learn, race
 from fewstep.report.images_methods import GROUNDS, METHODS, TRAININGS
 from fewstep.report.images_page import write_page
+from fewstep.report.kept import RECORD, kept
 from fewstep.training.data.shards import write_atomically
 
-RECORD, PAGE = "race.json", "race.html"
+PAGE = "race.html"
 _TRAINING = 0.55  # of the time may go to training
 _FREE = ("methods", "grounds", "minutes", "workers", "rungs")  # parts of a setting that leave a finished piece what it is
 
@@ -240,20 +241,12 @@ def _weight(place: str, training: str) -> float:
 def _begun(config: ImageRaceConfig, folder: Path) -> ImageRace:
     """An empty race, or what the folder's record holds of one under the same circumstances."""
     own = {**config.model_dump(mode="json"), "cpu": cpu_name(), "torch": torch.__version__}
-    if not (folder / RECORD).is_file():
-        return ImageRace(own)
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        before = record["setting"]
-        other = [key for key, value in own.items() if key not in _FREE and before[key] != value]
-        if not other:
-            names = {"floors": ("ground",), "trainings": ("ground", "training"), "cells": ("ground", "method", "steps")}
-            kept = {part: {_name(found, keys): found for found in record[part]} for part, keys in names.items()}
-            return ImageRace(own, **kept)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"out={str(folder)!r}: race.json is damaged ({error}); remove it or choose another folder") from None
-    told = ", ".join(f"{key}={before[key]!r}" for key in other)
-    raise ValueError(f"out={str(folder)!r}: holds a race with {told}; race so again, or choose another folder")
+
+    def read(record: Mapping[str, Any]) -> ImageRace:
+        names = {"floors": ("ground",), "trainings": ("ground", "training"), "cells": ("ground", "method", "steps")}
+        return ImageRace(own, **{part: {_name(found, keys): found for found in record[part]} for part, keys in names.items()})
+
+    return kept(folder, own, _FREE, read) or ImageRace(own)
 
 
 def _name(found: Mapping[str, Any], keys: Sequence[str]) -> Name:

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fewstep.report.costs import cpu_name
+from fewstep.report.kept import RECORD, kept
 from fewstep.report.text_cells import Setup, floor, learn, race
 from fewstep.report.text_methods import METHODS, TRAININGS, TextRaceConfig
 from fewstep.report.text_page import write_page
 from fewstep.training.data.shards import write_atomically
 from fewstep.training.log import duration
 
-RECORD, PAGE = "race.json", "race.html"
+PAGE = "race.html"
 QUICK: Mapping[str, Any] = MappingProxyType({"tokens": 400_000, "windows": 24, "draws": 4, "repeats": 4, "count": 8, "rungs": 2})
 _FREE = ("methods", "rungs")  # parts of a setting that leave a finished piece what it is
 
@@ -150,23 +151,16 @@ def _begun(config: TextRaceConfig, folder: Path) -> TextRace:
         "cpu": cpu_name(),
         "torch": torch.__version__,
     }
-    if not (folder / RECORD).is_file():
-        return TextRace(own)
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        before = record["setting"]
-        other = [key for key, value in own.items() if key not in _FREE and before[key] != value]
-        if not other:
-            return TextRace(
-                own,
-                {} if record["floor"] is None else {("held-out text",): record["floor"]},
-                {(each["training"],): each for each in record["trainings"]},
-                {(each["method"], f"{each['rung']:g}"): each for each in record["cells"]},
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"out={str(folder)!r}: race.json is damaged ({error}); remove it or choose another folder") from None
-    told = ", ".join(f"{key}={before[key]!r}" for key in other)
-    raise ValueError(f"out={str(folder)!r}: holds a race with {told}; race so again, or choose another folder")
+
+    def read(record: Mapping[str, Any]) -> TextRace:
+        return TextRace(
+            own,
+            {} if record["floor"] is None else {("held-out text",): record["floor"]},
+            {(each["training"],): each for each in record["trainings"]},
+            {(each["method"], f"{each['rung']:g}"): each for each in record["cells"]},
+        )
+
+    return kept(folder, own, _FREE, read) or TextRace(own)
 
 
 def _place(cell: Record) -> tuple[int, int]:
