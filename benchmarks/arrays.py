@@ -187,7 +187,7 @@ def own_flow(kind: str) -> tuple[Any, Callable[[Tensor], Tensor], Callable[[int]
         "NSF": NSFAutoregressiveConfig(layers=TRANSFORMS, hidden=HIDDEN, bins=BINS),
     }[kind]
     flow: Flow = FlowConfig(shape=(FEATURES,), bijections=(part,), standardise=False).build()
-    return flow, flow.log_prob, lambda count: flow.sample(CounterRng.seeded(range(count)))
+    return flow, flow.log_prob, lambda count: flow.sample(CounterRng.seeded(torch.arange(count)))
 
 
 def zuko_flow(kind: str) -> tuple[Any, Callable[[Tensor], Tensor], Callable[[int], Tensor]]:

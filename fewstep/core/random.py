@@ -60,19 +60,23 @@ _GOLDEN, _MIX1, _MIX2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift: int64 shifts arithmetically
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)  # logical shift: int64 shifts arithmetically
 
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 tensors (multiplication wraps)."""
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_MIX1)
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_MIX2)
+    return _shift(x, 31).bitwise_xor_(x)
 
 
 def _absorb(key: Tensor, index: Tensor | int) -> Tensor:
     step = (index + 1) * _GOLDEN if isinstance(index, Tensor) else _signed((index + 1) * _GOLDEN)
     return _mix(_mix(key + _GOLDEN) ^ step)
+
+
+def _number(stream: str) -> int:
+    return _signed(int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little"))
 
 
 @final
@@ -94,24 +98,23 @@ class CounterRng:
     @classmethod
     def seeded(cls, seeds: Tensor | Sequence[int], device: torch.device | str = "cpu") -> "CounterRng":
         """One row per seed ([B] integers); equal seeds give equal rows."""
-        values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
-        key = torch.tensor([_signed(int(seed)) for seed in values], dtype=torch.int64, device=device)
-        return cls(_absorb(key, 0))
+        values = seeds if isinstance(seeds, Tensor) else torch.tensor([_signed(int(seed)) for seed in seeds], dtype=torch.int64)
+        return cls(_absorb(values.to(device, torch.int64), 0))
 
     @property
     def batch(self) -> int:
         return self._key.shape[0]
 
     def uniform(self, *shape: int) -> Tensor:
-        return (_shift(self._bits(shape), 11).double()) * 2.0**-53
+        return _shift(self._bits(shape), 11).double().mul_(2.0**-53)
 
     def normal(self, *shape: int) -> Tensor:
-        u, v = self.split("radius").uniform(*shape), self.split("angle").uniform(*shape)
-        return torch.sqrt(-2.0 * torch.log1p(-u)) * torch.cos((2.0 * math.pi) * v)
+        streams = torch.tensor([[_number("radius")], [_number("angle")]], device=self._key.device)
+        u, v = CounterRng(_absorb(self._key, streams)).uniform(*shape)  # both at once: half as many small operations
+        return u.neg_().log1p_().mul_(-2.0).sqrt_().mul_(v.mul_(2.0 * math.pi).cos_())
 
     def split(self, stream: str) -> "CounterRng":
-        digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
-        return CounterRng(lambda: _absorb(self._key, _signed(int.from_bytes(digest, "little"))))
+        return CounterRng(lambda: _absorb(self._key, _number(stream)))
 
     def at(self, position: Tensor | int) -> "CounterRng":
         return CounterRng(lambda: _absorb(self._key ^ _MIX1, position))

@@ -86,7 +86,7 @@ def test_ddim_is_edms_and_rectified_flows_euler(seed: int) -> None:
 
 def test_eta_1_is_the_ancestral_sampler(seed: int) -> None:
     eps, vp = rows(5, seed).normal(2), VPConfig()
-    ddim = CONFIGS["ddim"].model_copy(update={"eta": 1.0}).build().init(eps, vp, between(vp, 9))  # type: ignore[attr-defined]
+    ddim, _ = CONFIGS["ddim"].model_copy(update={"eta": 1.0}).build().init(eps, vp, between(vp, 9))  # type: ignore[attr-defined]
     ancestral = BUILT["ancestral"].init(eps, vp, between(vp, 9))
     for (x, (d, _)), weights in zip(ddim.table, ancestral.table, strict=True):
         torch.testing.assert_close(torch.stack((x, torch.tensor(d, dtype=x.dtype))), weights.squeeze(0))

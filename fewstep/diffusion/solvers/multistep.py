@@ -35,13 +35,15 @@ class Rows(NamedTuple):
 Weights = Tensor | tuple[Tensor, tuple[float, ...]]  # of one step: [1,m], each row's [B,1,m], or the first and the others
 
 
-class Memory(NamedTuple):
-    """What a run knows: the weights of each step (the table), the times of each place, what the last steps left."""
+class Course(NamedTuple):
+    """What a run goes by: the weights of each step (the table), those of what it leaves, the times of each place."""
 
     table: tuple[Weights, ...]
     left: tuple[Weights, ...] | None
     times: tuple[Tensor, ...]
-    history: tuple[Tensor, ...]
+
+
+Memory = tuple[Course, tuple[Tensor, ...]]  # and what the last steps left, the latest first
 
 
 class Rule(Protocol):
@@ -80,16 +82,17 @@ class Multistep:
         columns += [] if rows.past is None else rows.past.unbind(-1)
         left = None if rows.left is None else numbers(table(rows.left, x))
         parts = len(columns) - (0 if rows.past is None else rows.past.shape[-1])
-        return Memory(numbers(trimmed(table(columns, x), parts, self._depth)), left, nodes.times(len(x)), ())
+        return Course(numbers(trimmed(table(columns, x), parts, self._depth)), left, nodes.times(len(x))), ()
 
     def step(self, denoise: Denoise, x: Tensor, i: int, memory: Memory, rng: Rng) -> tuple[Tensor, Memory]:
-        d = mean(denoise(x, memory.times[i]))
-        parts = (x, d, gaussian(x, rng), *memory.history) if self.stochastic else (x, d, *memory.history)
-        following = weigh(memory.table[i], parts)
-        if self._depth:
-            kept = d if memory.left is None else weigh(memory.left[i], (x, d))
-            memory = Memory(memory.table, memory.left, memory.times, (kept, *memory.history)[: self._depth])
-        return following, memory
+        course, history = memory
+        weights, left, times = course
+        d = mean(denoise(x, times[i]))
+        following = weigh(weights[i], (x, d, gaussian(x, rng), *history) if self.stochastic else (x, d, *history))
+        if not self._depth:
+            return following, memory
+        kept = d if left is None else weigh(left[i], (x, d))
+        return following, (course, (kept, *history)[: self._depth])
 
 
 class RuleConfig(Config):

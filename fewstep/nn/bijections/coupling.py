@@ -20,30 +20,31 @@ class Coupling(Layer):
     Source: Dinh et al. 2014, arXiv 1410.8516, section 3.1; 2016, arXiv 1605.08803, section 3.4 (masks).
     """
 
-    kept: Tensor
-    moved: Tensor
+    order: Tensor  # what stays, then what moves
     back: Tensor
 
     def __init__(self, moves: Tensor, transform: Elementwise, network: nn.Module, context: int = 0) -> None:
         super().__init__(len(moves), context)
         kept, moved = sides(moves)
-        self.transform, self.network = transform, network
-        for name, index in (("kept", kept), ("moved", moved), ("back", torch.cat([kept, moved]).argsort())):
-            self.register_buffer(name, index, persistent=False)
+        self.transform, self.network, self._split = transform, network, (len(kept), len(moved))
+        order = torch.cat([kept, moved])
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("back", order.argsort(), persistent=False)
 
     def forward(self, x: Tensor, c: Tensor | None = None, rng: Rng | None = None) -> tuple[Tensor, Tensor]:
-        a, p = self._steer(x, c)
-        b, log_slope = self.transform.forward(x.index_select(1, self.moved), p)
+        a, b, p = self._steered(x, c)
+        b, log_slope = self.transform.forward(b, p)
         return torch.cat([a, b], 1).index_select(1, self.back), log_slope.sum(1)
 
     def inverse(self, z: Tensor, c: Tensor | None = None, rng: Rng | None = None) -> tuple[Tensor, Tensor]:
-        a, p = self._steer(z, c)
-        b, log_slope = self.transform.inverse(z.index_select(1, self.moved), p)
+        a, b, p = self._steered(z, c)
+        b, log_slope = self.transform.inverse(b, p)
         return torch.cat([a, b], 1).index_select(1, self.back), log_slope.sum(1)
 
-    def _steer(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        a = x.index_select(1, self.kept)
-        return a, self.network(a, c if self.context else None)
+    def _steered(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What stays, what moves, and the numbers that say how."""
+        a, b = x.index_select(1, self.order).split(self._split, 1)
+        return a, b, self.network(a, c if self.context else None)
 
 
 def sides(moves: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,13 +48,11 @@ class Affine:
     numbers = 2
 
     def forward(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        s = self._log_slope(p)
-        return x * s.exp() + p[..., 0], s
+        t, raw = p.unbind(-1)
+        s = raw / (1 + raw.abs() / self.bound)
+        return x * s.exp() + t, s
 
     def inverse(self, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        s = self._log_slope(p)
-        return (y - p[..., 0]) * (-s).exp(), -s
-
-    def _log_slope(self, p: Tensor) -> Tensor:
-        raw = p[..., 1]
-        return raw / (1 + raw.abs() / self.bound)
+        t, raw = p.unbind(-1)
+        s = raw / (raw.abs() / -self.bound - 1)  # of the inverse
+        return (y - t) * s.exp(), s

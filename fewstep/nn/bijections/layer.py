@@ -73,18 +73,18 @@ class Chain(Layer):
         self.layers = nn.ModuleList(listed)
 
     def forward(self, x: Tensor, c: Tensor | None = None, rng: Rng | None = None) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(len(x))
+        log_dets = []
         for i, layer in enumerate(self.layers):
             x, log_det = layer(x, c, None if rng is None else rng.split(str(i)))
-            total = total + log_det
-        return x, total
+            log_dets.append(log_det)
+        return x, torch.stack(log_dets).sum(0)
 
     def inverse(self, z: Tensor, c: Tensor | None = None, rng: Rng | None = None) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(len(z))
-        for i in reversed(range(len(self.layers))):
-            z, log_det = cast(Layer, self.layers[i]).inverse(z, c, None if rng is None else rng.split(str(i)))
-            total = total + log_det
-        return z, total
+        log_dets = []
+        for i, layer in reversed(list(enumerate(self.layers))):
+            z, log_det = cast(Layer, layer).inverse(z, c, None if rng is None else rng.split(str(i)))
+            log_dets.append(log_det)
+        return z, torch.stack(log_dets).sum(0)
 
 
 @final

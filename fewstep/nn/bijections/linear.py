@@ -91,14 +91,11 @@ class ActNorm(Layer):
         maps = x.view(-1, *self.shape)
         if self.training and not self.ready:
             self._begin(maps.detach())
-        return ((maps + self.shift) * self.log_scale.exp()).flatten(1), self._log_det().expand(len(x))
+        return ((maps + self.shift) * self.log_scale.exp()).view_as(x), (self.log_scale.sum() * self.shape[1]).expand(len(x))
 
     def inverse(self, z: Tensor, c: Tensor | None = None, rng: Rng | None = None) -> tuple[Tensor, Tensor]:
-        maps = z.view(-1, *self.shape)
-        return (maps * (-self.log_scale).exp() - self.shift).flatten(1), -self._log_det().expand(len(z))
-
-    def _log_det(self) -> Tensor:
-        return self.log_scale.sum() * self.shape[1]
+        maps, inverse = z.view(-1, *self.shape), -self.log_scale
+        return (maps * inverse.exp() - self.shift).view_as(z), (inverse.sum() * self.shape[1]).expand(len(z))
 
     @torch.no_grad()
     def _begin(self, maps: Tensor) -> None:

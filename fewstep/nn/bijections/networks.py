@@ -19,7 +19,7 @@ class Perceptron(nn.Module):
     def __init__(self, inputs: int, outputs: int, numbers: int, context: int, hidden: int, depth: int) -> None:
         super().__init__()
         widths = [inputs + context, *[hidden] * depth]
-        layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+        layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU(inplace=True))]
         self.layers = nn.Sequential(*layers, zeroed(nn.Linear(widths[-1], outputs * numbers)))
         self.numbers = numbers
 
