@@ -15,6 +15,7 @@ from fewstep.decode.prefill import placement
 from fewstep.decode.unmask import Canvas, Reader
 
 _CHUNK = 512  # tokens of a prompt an evaluation, as in prefill
+_SHORT = 32  # tokens that are read with the window behind them
 
 
 class Read(Protocol):
@@ -26,9 +27,11 @@ class Read(Protocol):
 
 @runtime_checkable
 class Network(Target, Protocol):
-    """A language model with a parallel pass under any mask. `noisy`: it is told how much of its input is corrupted."""
+    """A language model with a parallel pass under any mask. `shifted`: a token is predicted by the output before it, the first
+    by its own. `noisy`: it is told how much of its input is corrupted."""
 
     mask_token: int | None
+    shifted: bool
     noisy: bool
 
     def __call__(
@@ -71,7 +74,7 @@ class Whole:
                 level = torch.where(torch.arange(count, device=x.device) < self._place[:, :1], 0.0, level)
         segments = self._segments if bool((self._segments < 0).any()) else None
         final_hidden = network(canvas, segments, mask=self._mask, noise=level).final
-        place = self._place.clamp(max=count - 1).unsqueeze(-1).expand(-1, -1, final_hidden.shape[-1])
+        place = (self._place - int(network.shifted)).clamp(0, count - 1).unsqueeze(-1).expand(-1, -1, final_hidden.shape[-1])
         return network.unembed(final_hidden.gather(1, place))
 
     def fork(self, rows: Tensor) -> "Whole":
@@ -86,7 +89,8 @@ class Cached:
     """Block diffusion from a cache of what is final: exact, since earlier blocks never see later ones.
 
     `state` holds the first `read` [R] tokens of each row. What became final since the last window is read in the first call of
-    the next one. Cost of a call: the block's tokens, and those that the cache lacks.
+    the next one, and by itself where it is long, so that no other row's first call is. Cost of a call: the block's tokens, and
+    those that the cache lacks.
     Source: Arriola et al. 2025, arXiv 2503.09573, section 3.2.
     """
 
@@ -97,6 +101,7 @@ class Cached:
         self._network, self._size = network, size
         self.state, self.read = state, read
         self._x = self._first = self._length = torch.empty(0)
+        self._before: Tensor | None = None  # [R,V] logits of the token before the window, which a shifted model is led by
 
     @classmethod
     def of(cls, network: Network, size: int, batch: int, longest: int) -> "Cached":
@@ -107,20 +112,23 @@ class Cached:
         state = network.init_state(batch, capacity, device=device, dtype=dtype)
         return cls(network, size, state, torch.zeros(batch, dtype=torch.int64, device=device))
 
-    def advance(self, x: Tensor, first: Tensor) -> None:
-        """Read the canvases `x` [R,L] up to `first` [R], where a block begins. Cost: an evaluation for each 512 tokens."""
+    def advance(self, x: Tensor, first: Tensor) -> Tensor:
+        """Read the canvases `x` [R,L] up to `first` [R], where a block begins, with [R] evaluations, one for each 512 tokens."""
         chunk = max(1, _CHUNK // self._size) * self._size
+        calls = -((self.read - first) // chunk)
         while (most := int((first - self.read).max())) > 0:
             order, count = torch.arange(min(most, chunk), device=x.device), (first - self.read).clamp(max=chunk)
             place = (self.read.unsqueeze(1) + order).clamp(max=x.shape[1] - 1)
-            tree, need = Tree.chain(x.gather(1, place), count), torch.zeros_like(place[:, :1])
+            tree, need = Tree.chain(x.gather(1, place), count), (count - 1).clamp(min=0).unsqueeze(1)
             output = self._network.extend(tree, self.state, mask=Blocks(self._size), need=need)
             self.state, self.read = output.state.commit(order.expand_as(place), count), self.read + count
+            self._before = _chosen(count > 0, cast(Tensor, output.logits)[:, 0], self._before)
+        return calls
 
     def enter(self, x: Tensor, length: Tensor, first: Tensor, width: int) -> Tensor:
         check_width(width, self._size)
         self._x, self._first, self._length = x, first, (length - first).clamp(max=width)
-        return torch.zeros_like(first)
+        return self.advance(x, torch.where(first - self.read > max(width, _SHORT), first, self.read))
 
     def __call__(self, x: Tensor, noise: Tensor) -> Tensor:
         lacking = (self._first - self.read).unsqueeze(1)
@@ -130,18 +138,28 @@ class Cached:
         own = x.gather(1, (order - lacking).clamp(0, last))
         tokens = torch.where(unread, self._x.gather(1, place.clamp(max=self._x.shape[1] - 1)), own)
         level = torch.where(unread, 0.0, noise.unsqueeze(1))
+        need = None  # where it is all nodes, a packed model takes the call as one
+        if len(order) <= last or bool(lacking.any()):
+            window = torch.arange(last + 1, device=x.device) - int(self._network.shifted)
+            need = (lacking + window).clamp(0, len(order) - 1)
         output = self._network.extend(
             Tree.chain(tokens, span),
             self.state,
             mask=Blocks(self._size),
             inputs=self._network.embed(tokens, level) if self._network.noisy else None,
-            need=(lacking + torch.arange(last + 1, device=x.device)).clamp(max=len(order) - 1),
+            need=need,
         )
         self.state, self.read = output.state.commit(order.expand_as(tokens), lacking.squeeze(1)), self._first
-        return cast(Tensor, output.logits)
+        logits = cast(Tensor, output.logits)
+        if not self._network.shifted:
+            return logits
+        fresh = (lacking.squeeze(1) > 0) | (self._first == 0)
+        self._before = _chosen(fresh, logits[:, 0], self._before)
+        return torch.cat([self._before.unsqueeze(1), logits[:, :-1] if need is None else logits[:, 1:]], 1)
 
     def fork(self, rows: Tensor) -> "Cached":
         copy = Cached(self._network, self._size, self.state.fork(rows), self.read[rows])
+        copy._before = None if self._before is None else self._before[rows]
         if self._x.dim() == 2:
             copy._x, copy._first, copy._length = (tensor[rows] for tensor in (self._x, self._first, self._length))
         return copy
@@ -162,6 +180,7 @@ class Approximate:
         self._network, self._kept = network, kept
         self._state: State | None = None
         self._x = self._length = self._first = self._end = torch.empty(0)
+        self._before: Tensor | None = None
 
     def enter(self, x: Tensor, length: Tensor, first: Tensor, width: int) -> Tensor:
         # one place more takes what a last window has beyond the canvas
@@ -190,14 +209,19 @@ class Approximate:
             mask=Blocks(2 * count),  # one block: whatever is there is seen
             positions=place if self._kept == "dual" else None,
             inputs=network.embed(tokens, noise.unsqueeze(1).expand_as(tokens)) if network.noisy else None,
-            need=((first - begin).unsqueeze(1) + window).clamp(max=len(order) - 1),
+            need=((first - begin).unsqueeze(1) + window - int(network.shifted)).clamp(0, len(order) - 1),
         )
         self._state = self._keep(output.state, order) if refresh else output.state.rollback()
-        return cast(Tensor, output.logits)
+        logits = cast(Tensor, output.logits)
+        if not network.shifted:
+            return logits
+        self._before = logits[:, 0] if refresh else _chosen(first == 0, logits[:, 0], self._before)
+        return torch.cat([self._before.unsqueeze(1), logits[:, 1:]], 1)
 
     def fork(self, rows: Tensor) -> "Approximate":
         copy = Approximate(self._network, self._kept)
         copy._state = None if self._state is None else self._state.fork(rows)
+        copy._before = None if self._before is None else self._before[rows]
         if self._x.dim() == 2:
             held = (self._x, self._length, self._first, self._end)
             copy._x, copy._length, copy._first, copy._end = (tensor[rows] for tensor in held)
@@ -280,6 +304,11 @@ class Guided:
         copy = Guided(given, unguided, canvas, self._weight)
         copy._hidden = self._hidden[rows] if self._hidden.dim() == 2 else self._hidden
         return copy
+
+
+def _chosen(rows: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
+    """[R,V]: the new logits of the `rows` [R] that have some, the old ones of the others."""
+    return new if old is None else torch.where(rows.unsqueeze(1), new, old)
 
 
 def check_width(width: int, size: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fewstep.core.corruption import Corruption, Order
 from fewstep.core.event import Cost, Event
@@ -109,7 +110,8 @@ def unmask(
     begun, cost = time.perf_counter(), Cost()
     width = settings.block or canvas.tokens.shape[1]
     noise = draw(corruption.prior.expand(*canvas.tokens.shape, -1), rng.split("start").uniform(canvas.tokens.shape[1]))
-    x = torch.where(canvas.free, noise, canvas.tokens)
+    # one place more takes what a last block has beyond the canvas
+    x = functional.pad(torch.where(canvas.free, noise, canvas.tokens), (0, 1))
     tail = _tail(canvas)
     agenda = _agenda(canvas.free, width)
     held = list(range(len(x)))  # the rows that the reader holds, in its order
@@ -143,21 +145,18 @@ class _Window:
         self._rows, self._first = rows, first
 
     def steps(self, order: Order[Any], grid: Tensor, x: Tensor, width: int, rng: Rng, tail: Tensor) -> Iterator[Step]:
-        """The steps of `order` on the window; `x` [B,L] holds what they leave."""
+        """The steps of `order` on the window; `x` [B,L+1] holds what they leave."""
         canvas, rows, first, reader = self._canvas, self._rows, self._first, self._reader
-        read = reader.enter(x[rows], canvas.length[rows], first, width)
-        place = first.unsqueeze(1) + torch.arange(width, device=x.device)
-        inside = place < x.shape[1]
-        place = place.clamp(max=x.shape[1] - 1)
-        row = rows.unsqueeze(1)
-        tokens, free = x[row, place], canvas.free[row, place] & inside
+        read = reader.enter(x[rows, :-1], canvas.length[rows], first, width)
+        place = (first.unsqueeze(1) + torch.arange(width, device=x.device)).clamp(max=x.shape[1] - 1)
+        tokens, free = x[rows].gather(1, place), functional.pad(canvas.free, (0, 1))[rows].gather(1, place)
         memory, i = order.init(tokens, free, self._corruption, grid), 0
         while True:
             prediction = _Prediction(reader, self._corruption, canvas.mask_token, self._settings.scores)
             before, (tokens, memory) = tokens, order.step(prediction, tokens, i, memory, rng.at(i))
-            x[rows.unsqueeze(1).expand_as(place)[inside], place[inside]] = tokens[inside]
+            x[rows.unsqueeze(1), place] = tokens
             done = memory.done
-            ended = done & self._ends(tokens, place, free, rows, tail)
+            ended = done & self._ends(tokens, place, free, rows, tail) if bool(done.any()) else done
             yield Step(rows, first, tokens, tokens != before, done, ended, read + prediction.calls)
             if bool(done.all()):
                 return
@@ -165,7 +164,7 @@ class _Window:
             if bool(done.any()):
                 left = (~done).nonzero().squeeze(1)
                 reader, memory, rng, read = reader.fork(left), memory.fork(left), rng.fork(left), read[left]
-                rows, first, tokens, place, inside, free = (v[left] for v in (rows, first, tokens, place, inside, free))
+                rows, first, tokens, place, free = (v[left] for v in (rows, first, tokens, place, free))
 
     def filled(self, step: Step, tail: Tensor) -> int:
         """The gaps that `step` closed, up to a token that ends its row."""
@@ -199,7 +198,7 @@ class _Prediction:
         logits = self._reader(x, 1 - self._corruption.keep(t))
         self.calls += self._reader.calls
         law = self._law(logits.double(), x, t)
-        wrong = law.isnan().any(-1)
+        wrong = law.sum(-1).isnan()
         if bool(wrong.any()):
             row, position = wrong.nonzero()[0].tolist()
             raise ValueError(f"logits: not a number at row {row}, position {position} of the block; look at the weights")

@@ -36,8 +36,9 @@ class DecoderConfig(BlockConfig):
 
     `mask_token`: the id below `vocab` that stands for a token to be found, where the model is trained to (None: it is not); no
     text has it. What a call's mask lets a token see is the call's affair, so that one checkpoint runs left to right, block by
-    block and all at once: a given token predicts the one after it, a masked one itself. `noisy`: the model is told the share of
-    its input that is corrupted, which masked diffusion does not need.
+    block and all at once: a given token predicts the one after it, a masked one itself. `shifted`: a masked one too is predicted
+    by the output of the token before it, so that what was learnt left to right goes on to hold. `noisy`: the model is told the
+    share of its input that is corrupted, which masked diffusion does not need.
     """
 
     kind: ClassVar[str] = "decoder"
@@ -55,6 +56,7 @@ class DecoderConfig(BlockConfig):
     init_std: float = Field(default=0.02, gt=0)
     embed_std: float | None = Field(default=None, gt=0)  # None: init_std
     mask_token: int | None = Field(default=None, ge=0)
+    shifted: bool = False
     noisy: bool = False
 
     @model_validator(mode="after")
@@ -103,7 +105,7 @@ class Decoder(nn.Module):
         self.config = config
         self.vocab, self.width, self.depth = config.vocab, config.width, config.depth
         self.max_positions = config.max_positions
-        self.mask_token, self.noisy = config.mask_token, config.noisy
+        self.mask_token, self.shifted, self.noisy = config.mask_token, config.shifted, config.noisy
         self.recompute = False  # activation checkpointing of each block in `forward`
         head_widths = {mixer.widths(config.width, config.query_heads)[1] for mixer in config.mixers}
         if len(head_widths) > 1:

@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.mixer import Causal, Context, Window
+from fewstep.core.mixer import Blocks, Causal, Context, Window
 from fewstep.core.position import NoPosition
 from fewstep.nn import kernels
 from fewstep.nn.blocks import Block
@@ -16,6 +16,8 @@ from fewstep.nn.mixers.attention import FEW, Attention, AttentionState, few
 from fewstep.nn.position import Rope
 from fewstep.nn.slots import Slots
 from fewstep.nn.stack import Stack
+
+_MASKS = Causal | Window | Blocks
 
 
 class PackedModule(nn.Module):
@@ -121,8 +123,9 @@ class PackedBlocks(PackedModule):
 
     def takes(self, x: Tensor, count: int, ctx: Context, caches: kernels.Caches | None) -> bool:
         """Whether `count` tokens a row with activations like x are for the kernel. Depends on no other row of the batch."""
-        fits = caches is not None and x.dtype == self.steps.dtype == caches.dtype and isinstance(ctx.mask, Causal | Window)
-        return fits and _ours(x, count) and not torch.compiler.is_compiling()
+        fits = caches is not None and x.dtype == self.steps.dtype == caches.dtype and isinstance(ctx.mask, _MASKS)
+        apart = count <= FEW or not isinstance(ctx.mask, Blocks)  # a block cannot be cut: its tokens see those behind them
+        return fits and apart and _ours(x, count) and not torch.compiler.is_compiling()
 
     def forward(
         self, x: Tensor, ctx: Context, caches: kernels.Caches, slots: Slots, first: int = 0, last: int | None = None
@@ -150,7 +153,7 @@ class PackedBlocks(PackedModule):
         turn = None
         if self.rope is not None:
             turn = self.rope.rows(slots.end if positions is None else int(positions.max()) + 1, x.device, self.steps.dtype)
-        window = ctx.mask.size if isinstance(ctx.mask, Window) else None
+        assert isinstance(ctx.mask, _MASKS)
         piece = count if count <= FEW else max(1, FEW // batch)
         scenes = []
         for start in range(0, count, piece):
@@ -158,7 +161,7 @@ class PackedBlocks(PackedModule):
             pending = slots.pending - count + start + size
             tree = None if parent is None else parent[:, :pending]
             place = None if positions is None else positions[:, start : start + size]
-            scenes.append(kernels.Scene(size, slots.base, pending, slots.lengths, tree, place, turn, window))
+            scenes.append(kernels.Scene(size, slots.base, pending, slots.lengths, tree, place, turn, ctx.mask))
         ctx.shared[key] = scenes
         return scenes
 

@@ -19,20 +19,22 @@ from fewstep.training.data import TargetTokenizerConfig
 class ConvertedConfig(Config):
     """The finished decoder `start`, a shipped name, a directory or a hub id, trained on as a decoder with a mask token.
 
-    What is saved is a decoder, which needs no other. Heads are left behind: they served another trunk.
+    What is saved is a decoder, which needs no other. Heads are left behind: they served another trunk. `shifted`: a masked token
+    goes on to be predicted by the output before it, as the next token was; else by its own, which is to be learnt anew.
     """
 
     kind: ClassVar[str] = "converted"
     source: ClassVar[str] = "Gong et al. 2024, arXiv 2410.17891 (DiffuLLaMA); Fast-dLLM v2, arXiv 2509.26328"
 
     start: str = "code-nano"
+    shifted: bool = True
 
     def build(self, device: str = "cpu") -> Model:
         """The model as it begins. Raises ValueError if there is none, or it has no tokenizer."""
         model = load(self.start, device, packed=False)
         if model.tokenizer is None:
             raise ValueError(f"model.start={self.start!r}: has no tokenizer to read text with; add its tokenizer.json")
-        return Model(masked(model.network), model.tokenizer, model.recipe, chat=model.chat, settings=model.settings)
+        return Model(masked(model.network, self.shifted), model.tokenizer, model.recipe, chat=model.chat, settings=model.settings)
 
 
 def open_start(recipe: Recipe, device: str) -> Model | None:
@@ -51,10 +53,10 @@ def described(recipe: Recipe, network: Decoder) -> Recipe:
 
 
 @torch.no_grad()
-def masked(network: Decoder) -> Decoder:
+def masked(network: Decoder, shifted: bool = True) -> Decoder:
     """`network` without heads and with a mask token: its own, or a new last id that begins as the mean of all others."""
     own, weights = network.config, dict(network.state_dict())
-    update: dict[str, object] = {"heads": ()}
+    update: dict[str, object] = {"heads": (), "shifted": shifted}
     if own.mask_token is None:
         update |= {"vocab": own.vocab + 1, "mask_token": own.vocab}
         for name in ("embedding.weight", "head.weight"):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fewstep.core.mixer import Blocks, Causal, Context, Window
 from fewstep.core.recipe import parse
 from fewstep.models.decoder import DecoderConfig
 from fewstep.nn import kernels
 from fewstep.nn.kernels import Caches, Gain, Parts, Scene, Steps
+from fewstep.nn.mixers.scores import cached_visible
 from fewstep.nn.position import Rope
 from fewstep.nn.slots import Slots
 
@@ -96,10 +99,10 @@ class Stack:
         return cos[0, 0].contiguous(), sin[0, 0].contiguous()
 
     def scene(self, lengths: Tensor, base: int, pending: int, count: int, parent: Tensor | None = None, **more: Any) -> Scene:
-        given = (more.get("positions"), self.turn, more.get("window"))
+        given = (more.get("positions"), self.turn, more.get("mask", Causal()))
         return Scene(count, base, pending, lengths, parent, *given)
 
-    def by_modules(self, x: Tensor, caches: list[Tensor], slots: Slots, positions: Tensor, window: int | None) -> Tensor:
+    def by_modules(self, x: Tensor, caches: list[Tensor], slots: Slots, ctx: Context) -> Tensor:
         """In float32, whatever the weights: the truth to which bfloat16 rounds."""
         for block, cache in zip(copy.deepcopy(self.blocks).float(), caches, strict=True):
             mixer, (batch, count, _) = block.mixer, x.shape
@@ -107,11 +110,10 @@ class Stack:
             q, k, v = heads.split([mixer.heads, mixer.kv_heads, mixer.kv_heads], 1)
             if mixer.q_norm is not None:
                 q, k = mixer.q_norm(q), mixer.k_norm(k)
-            q, k = mixer.position.rotate(q, k, positions, positions, {})
+            q, k = mixer.position.rotate(q, k, ctx.positions, ctx.positions, {})
             cache[:, :, slots.end - count : slots.end] = torch.cat([k, v], 1)
             k, v = cache[:, :, : slots.end].split(mixer.kv_heads, 1)
-            sizes = [size for size in (window, mixer.config.window) if size is not None]
-            mask = slots.visible(count, min(sizes, default=None))
+            mask = cached_visible(replace(ctx, shared={}), slots, count, mixer._window(ctx))
             y = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=mixer.heads != mixer.kv_heads)
             x = x + mixer.out(y.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.mlp_norm(x))
@@ -130,15 +132,18 @@ def calls() -> Iterator[tuple[Tensor, int, int, int, Tensor | None, dict[str, An
     """lengths, base, pending, count, parent, more: prompts, trees, chains, over several calls, with windows and positions."""
     yield NONE, 0, 7, 7, PROMPT, {}
     yield LENGTHS, 7, 6, 6, TREE, {}
-    yield LENGTHS, 7, 6, 6, TREE, {"window": 4}
-    yield LENGTHS, 7, 6, 1, TREE, {"window": 2}  # the last node, after earlier ones
+    yield LENGTHS, 7, 6, 6, TREE, {"mask": Window(4)}
+    yield LENGTHS, 7, 6, 1, TREE, {"mask": Window(2)}  # the last node, after earlier ones
     yield LENGTHS, 7, 8, 2, torch.cat([TREE, torch.tensor([[1, 6], [-1, 4], [-2, 5]])], 1), {}
     yield LENGTHS, 7, 6, 6, TREE[1:2], {"positions": torch.arange(20, 26)[None]}
     yield LENGTHS, 7, 6, 6, TREE, {"positions": torch.arange(3, 21).view(3, 6)}
     yield LENGTHS, 9, 2, 2, None, {}  # slots 7 and 8 are skipped
     yield LENGTHS, 9, 5, 3, None, {}
-    yield LENGTHS, 9, 5, 3, None, {"window": 3}
+    yield LENGTHS, 9, 5, 3, None, {"mask": Window(3)}
     yield LENGTHS, 9, 1, 1, None, {}
+    yield LENGTHS, 9, 6, 6, TREE, {"mask": Blocks(2)}
+    yield LENGTHS, 9, 5, 5, None, {"mask": Blocks(3)}
+    yield LENGTHS, 9, 5, 3, None, {"mask": Blocks(3)}  # after earlier ones
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -154,7 +159,7 @@ def test_one_call_is_what_the_modules_compute(kernel_path: str, shape: str, dtyp
         tree = None if parent is None else parent.expand(3, -1)
         slots = Slots(lengths, CAPACITY, base, uniform=False, pending=pending, parent=tree)
         positions = more.get("positions", slots.index[:, pending - count :]).expand(3, -1)
-        expected = stack.by_modules(x.float(), caches, slots, positions, more.get("window"))
+        expected = stack.by_modules(x.float(), caches, slots, Context(positions, mask=more.get("mask", Causal())))
         y = stack.steps(x, ours, stack.scene(lengths, base, pending, count, parent, **more))
         assert y.dtype == dtype and bool(y.any())
         for a, b in zip([y, *ours.tensors], [expected, *caches], strict=True):
@@ -194,6 +199,28 @@ def test_a_token_has_the_same_bits_in_any_company(
             for depth, n in enumerate(path[1:]):
                 last = stack.steps(tree[b : b + 1, n : n + 1], alone, stack.scene(torch.tensor([60]), 60, depth + 1, 1))
             assert torch.equal(last[0, 0], z[b, node]), node
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
+@torch.inference_mode()
+def test_a_block_has_the_same_bits_in_any_company(kernel_path: str, dtype: torch.dtype, seed: int) -> None:
+    stack = Stack("grouped", dtype, seed)
+    x, size = torch.randn(3, 12, stack.width).to(dtype), 4
+    lengths, caches = torch.tensor([0, 4, 8]), stack.caches(3, fill=float("nan"))
+    written = torch.randn(3, 4, 8, 18).to(dtype)
+    for cache in caches.tensors:
+        cache[:, :, :8] = written
+    spans = torch.tensor([12, 8, 7])  # whole blocks, the last one not
+    chain = torch.where(torch.arange(12) < spans[:, None], torch.arange(-1, 11), -2)
+    y = stack.steps(x, caches, stack.scene(lengths, 8, 12, 12, chain, mask=Blocks(size)))
+    for b, (length, span) in enumerate(zip(lengths.tolist(), spans.tolist(), strict=True)):
+        alone = stack.caches(1, 25, fill=float("inf"))
+        for cache in alone.tensors:
+            cache[0, :, :length] = written[b, :, :length]
+        for first in range(0, span, size):
+            last, begun = min(first + size, span), length + first
+            scene = stack.scene(torch.tensor([begun]), begun, last - first, last - first, mask=Blocks(size))
+            assert torch.equal(stack.steps(x[b : b + 1, first:last], alone, scene)[0], y[b, first:last])
 
 
 @needs_kernel
@@ -301,11 +328,11 @@ def test_a_step_refuses_what_does_not_fit(seed: int) -> None:
         (r"positions is \(3, 3\)", lambda: stack.scene(two, 1, 3, 3, positions=torch.ones(3, 3, dtype=torch.int64))),
         (r"lengths is \(2,\) torch.int32", lambda: stack.scene(two.int(), 1, 3, 3)),
         (r"count=4, pending=3, base=1: expected 0 <= count <= pending", lambda: stack.scene(two, 1, 3, 4)),
-        (r"window=0: must be at least 1", lambda: stack.scene(two, 1, 3, 3, window=0)),
-        (r"turn is \(9, 7\)", lambda: Scene(3, 1, 3, two, None, None, (torch.ones(9, 7), torch.ones(9, 7)), None)),
+        (r"mask=Window\(size=0\): the size must be at least 1", lambda: stack.scene(two, 1, 3, 3, mask=Window(0))),
+        (r"turn is \(9, 7\)", lambda: Scene(3, 1, 3, two, None, None, (torch.ones(9, 7), torch.ones(9, 7)))),
         (
             r"turn has width and dtype \(16, torch.float32\): expected \[32\]",
-            lambda: stack.steps(x, caches, Scene(3, 1, 3, two, None, None, (torch.ones(9, 16), torch.ones(9, 16)), None)),
+            lambda: stack.steps(x, caches, Scene(3, 1, 3, two, None, None, (torch.ones(9, 16), torch.ones(9, 16)))),
         ),
         (r"a cache is \(2, 2, 9, 32\) torch.float32", lambda: Caches([caches.tensors[0], torch.zeros(2, 2, 9, 32)])),
         (r"a cache is [^\n]*torch.float64", lambda: Caches([torch.zeros(2, 2, 9, 32).double()])),

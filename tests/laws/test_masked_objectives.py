@@ -12,7 +12,7 @@ from enumerated import Joint, patterns
 from sequences import TIGHT, VOCAB, decoder
 from torch import Tensor
 
-from fewstep.core.mixer import Blocks, Doubled, Full
+from fewstep.core.mixer import Blocks, Causal, Doubled, Full
 from fewstep.core.objective import Batch
 from fewstep.core.random import CounterRng
 from fewstep.core.recipe import parse
@@ -42,7 +42,7 @@ OBJECTIVES: dict[str, Any] = {
 class Exact:
     """The exact denoiser of a joint, as a decoder: hidden activations are log-laws."""
 
-    noisy, training = False, False
+    noisy, shifted, training = False, False, False
 
     def __init__(self, joint: Joint) -> None:
         self.joint, self.mask_token, self.vocab = joint, joint.vocab, joint.vocab + 1
@@ -163,16 +163,16 @@ def test_blocks_of_one_token_are_the_chain_rule(seed: int) -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("noisy", [False, True])
-def test_one_block_is_masked_diffusion(estimator: Any, noisy: bool, seed: int) -> None:
-    model, batch = network(noisy=noisy), Batch(text(3, 8))
+@pytest.mark.parametrize("fields", [{}, {"noisy": True}, {"shifted": True}])
+def test_one_block_is_masked_diffusion(estimator: Any, fields: dict[str, Any], seed: int) -> None:
+    model, batch = network(**fields), Batch(text(3, 8))
     one, whole = BlockConfig(estimator=estimator, size=8).build(), MaskedConfig(estimator=estimator).build()
     torch.testing.assert_close(one.nats(model, batch, rows(seed, 3)), whole.nats(model, batch, rows(seed, 3)), **TIGHT)
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-def test_the_doubled_pass_is_a_loop_over_blocks(noisy: bool, seed: int) -> None:
-    model, tokens, size = network(noisy=noisy), text(3, 12), 4
+@pytest.mark.parametrize(("noisy", "shifted"), [(False, False), (True, False), (False, True)])
+def test_the_doubled_pass_is_a_loop_over_blocks(noisy: bool, shifted: bool, seed: int) -> None:
+    model, tokens, size = network(noisy=noisy, shifted=shifted), text(3, 12), 4
     config = BlockConfig(size=size)
     cells = (torch.arange(12) // size).expand(3, -1)
     drawn = masked(Batch(tokens), cells, MASK, config, config.window, rows(seed, 3))
@@ -181,10 +181,24 @@ def test_the_doubled_pass_is_a_loop_over_blocks(noisy: bool, seed: int) -> None:
         here = slice(b * size, (b + 1) * size)
         seen = torch.cat([tokens[:, : here.start], drawn.tokens[:, here]], 1)
         noise = torch.cat([torch.zeros(3, here.start), drawn.noise[:, here]], 1).double() if noisy else None
-        law = log_law(model, seen, Blocks(size), noise)[:, here].gather(-1, tokens[:, here, None]).squeeze(-1)
+        place = torch.arange(here.start, here.stop)
+        told = log_law(model, seen, Blocks(size), noise)[:, (place - int(shifted)).clamp(min=0)]
+        law = told.gather(-1, tokens[:, here, None]).squeeze(-1)
         total[:, here] = torch.where(drawn.hidden[:, here], -law * drawn.weight[:, here], 0.0)
     assert bool(drawn.hidden.any())
     torch.testing.assert_close(config.build().nats(model, Batch(tokens), rows(seed, 3)), total, **TIGHT)
+
+
+def test_a_shifted_model_in_blocks_of_one_reads_left_to_right(seed: int) -> None:
+    """Its likelihood of text is the autoregressive one, but for the first token, which its own mask predicts."""
+    model, tokens = network(shifted=True), text(2, 6)
+    found = BlockConfig(size=1, estimator="iid-count").build().nats(model, Batch(tokens), rows(seed, 2))
+    chain = log_law(model, tokens, Causal())[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found[:, 1:], -chain, **TIGHT)
+    segments = torch.tensor([0, 0, 1, 1, 1, 1]).expand(2, -1)
+    packed = BlockConfig(size=1, estimator="iid-count").build().nats(model, Batch(tokens, segments), rows(seed, 2))
+    alone = BlockConfig(size=1, estimator="iid-count").build().nats(model, Batch(tokens[:, 2:]), rows(seed, 2))
+    torch.testing.assert_close(packed[:, 2:], alone, **TIGHT)
 
 
 def test_score_entropy_of_normalised_scores_is_masked_diffusion(seed: int) -> None:

@@ -40,10 +40,12 @@ def test_one_layer_deep_it_is_exact(kind: Any, fields: dict[str, Any], seed: int
     assert [row.tokens for row in cached] == [row.tokens for row in whole]
 
 
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"noisy": True}, {"shifted": True}])
 @pytest.mark.parametrize("kind", KINDS)
-def test_deeper_the_first_call_of_a_window_is_exact_and_the_others_are_measured(kind: Any, noisy: bool, seed: int) -> None:
-    model, canvas = network(noisy=noisy), canvas_of(ROWS, VOCAB, MASK)
+def test_deeper_the_first_call_of_a_window_is_exact_and_the_others_are_measured(
+    kind: Any, fields: dict[str, Any], seed: int
+) -> None:
+    model, canvas = network(**fields), canvas_of(ROWS, VOCAB, MASK)
     x, first = torch.where(canvas.free, MASK, canvas.tokens), torch.tensor([0, 4, 8, 0, 0, 8, 12])
     reader, exact, noise = Approximate(model, kind), Whole(model, Full()), torch.rand(len(ROWS), dtype=torch.float64)
     window = x.gather(1, first.unsqueeze(1) + torch.arange(4))

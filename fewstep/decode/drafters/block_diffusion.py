@@ -36,6 +36,7 @@ class BlockDiffusionConfig(DrafterConfig):
 
     kind: ClassVar[str] = "block_diffusion"
     source: ClassVar[str] = "DFlash, arXiv 2602.06036; TiDAR, arXiv 2511.08923; Arriola et al. 2025, arXiv 2503.09573"
+    claims: ClassVar[tuple[str, ...]] = ("block-drafts",)
 
     path: str = ""
     size: int = Field(default=4, ge=1)
@@ -143,7 +144,7 @@ class BlockDiffusion:
         end, longest = first + size, self._network.max_positions
         end = end if longest is None else end.clamp(max=longest)
         reader = Cached(self._network, size, state.model, state.read)
-        reader.enter(text, end, first, size)
+        handle.charge(int(reader.enter(text, end, first, size).max()))
         given, order = state.length + 1 - first, torch.arange(size, device=root.device)
         known = text.gather(1, (first.unsqueeze(1) + order).clamp(max=text.shape[1] - 1))
         window = _Window(torch.where(order < given.unsqueeze(1), known, self._mask_token), given, end - first - given)

@@ -22,6 +22,7 @@ class ThresholdConfig(OrderConfig):
 
     kind: ClassVar[str] = "threshold"
     source: ClassVar[str] = "Wu et al. 2025, arXiv 2505.22618, section 3.3 (Fast-dLLM)"
+    claims: ClassVar[tuple[str, ...]] = ("parallel-decoding",)
 
     threshold: float = Field(default=0.9, ge=0, le=1)
     rank_by: Literal["law", "sampled"] = "law"

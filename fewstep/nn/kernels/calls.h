@@ -71,7 +71,7 @@ typedef struct { /* what the blocks of one call share; its last `queries` of `pe
     const int64_t *positions; /* NULL: index in the sequence */
     long position_row;
     const char *cos, *sin; /* [angles, head width]; NULL: nothing turns */
-    long angles, window;   /* window 0: none */
+    long angles, window, block; /* window 0: none; block 0: causal */
     int threads;
 } scene;
 

@@ -1,7 +1,8 @@
 /* Where the tokens of a call lie in the caches: who sees what, at which position, and what stays when nodes are kept.
  *
  * Row b's committed tokens fill slots 0 .. lengths[b]-1, pending node n lies in slot base + n. A new node sees the committed tokens
- * of its row, its ancestors and itself, as far as a window reaches; padding sees what is committed and itself.
+ * of its row, its ancestors and itself, as far as a window reaches, or, where tokens attend in blocks, every pending node of its own
+ * block and of those before. Padding sees itself, too, and is seen by nothing else.
  *
  * This file knows nothing of activations. */
 #include "calls.h"
@@ -39,8 +40,9 @@ void place(const scene *s, int64_t *angles) {
         }
 }
 
-/* The window of the call and the block together, LONG_MAX where all is within it. */
+/* The window of the call and the decoder block together, LONG_MAX where all is within it; blocks of tokens have none. */
 long sight_window(const scene *s, long window) {
+    if (s->block) return LONG_MAX;
     if (!window || (s->window && s->window < window)) window = s->window;
     return window && window < s->base + s->pending ? window : LONG_MAX;
 }
@@ -49,30 +51,34 @@ static long visible_bytes(const scene *s, long window) { return (window < LONG_M
 
 long sight_memory(const scene *s, long window) {
     const long slots = (s->base + s->pending) * sizeof(int32_t), seen = s->queries * s->pending;
-    return s->batch * ((long)sizeof(view) + slots + s->queries * visible_bytes(s, window)) + seen + s->queries * sizeof(long) + 64;
+    return s->batch * ((long)sizeof(view) + slots + s->queries * visible_bytes(s, window)) + seen + s->pending * sizeof(long) + 64;
 }
 
-/* Marks `seen` [queries, pending]; returns the lowest index among the new tokens, theirs in `index`. */
+/* Marks `seen` [queries, pending]; returns the lowest index among the new tokens, those of all pending nodes in `index`. */
 static long mark(const scene *s, long b, long window, char *seen, long *index) {
     const int64_t *parent = parents(s, b);
     long lowest = LONG_MAX;
     memset(seen, 0, s->queries * s->pending);
-    for (long t = 0; t < s->queries; t++, seen += s->pending) {
-        const long own = s->pending - s->queries + t;
+    for (long n = 0; n < s->pending; n++) {
+        const long before = parent ? parent[n] : n - 1;
+        index[n] = before < 0 ? s->lengths[b] : index[before] + 1;
+    }
+    for (long own = s->pending - s->queries; own < s->pending; own++, seen += s->pending) {
+        const long end = s->block ? (index[own] / s->block + 1) * s->block : 0;
+        for (long n = 0; n < s->pending && end; n++) seen[n] = index[n] < end && !(parent && parent[n] == -2);
         long left = window;
         for (long n = own; n >= 0 && left > 0; n = parent ? parent[n] : n - 1, left--) seen[n] = 1;
-        index[t] = s->lengths[b] + depth(parent, own);
-        if (index[t] < lowest) lowest = index[t];
+        if (index[own] < lowest) lowest = index[own];
     }
     return lowest;
 }
 
 /* What every row of the batch sees of its slots, in `memory` of `sight_memory` bytes, aligned as malloc does. */
 const view *look(const scene *s, long window, char *memory) {
-    const long row = visible_bytes(s, window);
+    const long row = visible_bytes(s, window), first = s->pending - s->queries;
     view *views = (view *)memory;
     long *index = (long *)(views + s->batch);
-    int32_t *slots = (int32_t *)(index + s->queries);
+    int32_t *slots = (int32_t *)(index + s->pending);
     uint8_t *visible = (uint8_t *)(slots + s->batch * (s->base + s->pending));
     char *seen = (char *)visible + s->batch * s->queries * row;
     for (long b = 0; b < s->batch; b++, slots += s->base + s->pending, visible += s->queries * row) {
@@ -81,7 +87,7 @@ const view *look(const scene *s, long window, char *memory) {
         *v = (view){.slots = slots, .visible = visible, .row = row};
         for (long slot = window < LONG_MAX && lowest >= window ? lowest - window + 1 : 0; slot < committed; slot++) {
             slots[v->count] = (int32_t)slot;
-            for (long t = 0; window < LONG_MAX && t < s->queries; t++) visible[t * row + v->count] = index[t] - slot < window;
+            for (long t = 0; window < LONG_MAX && t < s->queries; t++) visible[t * row + v->count] = index[first + t] - slot < window;
             v->count++;
         }
         if (window == LONG_MAX) v->open = v->count;

@@ -10,6 +10,7 @@ from typing import NoReturn, final
 import torch
 from torch import Tensor
 
+from fewstep.core.mixer import Blocks, Causal, Window
 from fewstep.nn.kernels.kernel import DTYPES, default_kernel
 from fewstep.nn.kernels.parts import BlockStruct, Ends, Parts
 
@@ -28,7 +29,7 @@ class _Scene(ctypes.Structure):
         ("positions", ctypes.c_void_p),
         ("position_row", ctypes.c_long),
         *((name, ctypes.c_void_p) for name in ("cos", "sin")),
-        *((name, ctypes.c_long) for name in ("angles", "window")),
+        *((name, ctypes.c_long) for name in ("angles", "window", "block")),
         ("threads", ctypes.c_int),
     ]
 
@@ -133,7 +134,8 @@ class Caches:
 class Scene:
     """What the blocks of one call share: which tokens are new, what each sees, where the rotary table is read.
 
-    A new token sees the committed tokens of its row, its ancestors among the pending nodes and itself.
+    A new token sees the committed tokens of its row, its ancestors among the pending nodes and itself; in blocks, the pending
+    nodes of its own block and of those before.
 
     Args:
         count: new tokens T a row, the last of the pending nodes.
@@ -144,8 +146,9 @@ class Scene:
             or -2 for padding, which sees what is committed and itself; None: a chain.
         positions: int64 [B or 1,T]: the table's rows to turn by; None: committed length + depth in the tree.
         turn: cosines and signed sines [R,E] by position, contiguous, in the blocks' dtype; None: nothing turns.
-        window: how many tokens back a token sees, itself included, where a block has no smaller one; None: all. Distance is
-            that of sequence indices: a committed slot's number, a pending node's committed length + depth.
+        mask: `Window`: how many tokens back a token sees, itself included, where a decoder block has no smaller one. `Blocks`:
+            of how many tokens; windows are none then. Both count sequence indices: a committed slot's number, a pending node's
+            committed length + depth.
 
     Raises: ValueError for other shapes, dtypes, layouts, devices or counts. The values in tensors are checked by each call.
     """
@@ -161,14 +164,16 @@ class Scene:
         parent: Tensor | None,
         positions: Tensor | None,
         turn: tuple[Tensor, Tensor] | None,
-        window: int | None,
+        mask: Causal | Window | Blocks = Causal(),
     ) -> None:
         batch = lengths.shape[0] if lengths.ndim else 0
         self.batch, self.count, self.end = batch, count, base + pending
         if not 0 <= count <= pending or base < 0:
             raise ValueError(f"count={count}, pending={pending}, base={base}: expected 0 <= count <= pending, base at least 0")
-        if window is not None and window < 1:
-            raise ValueError(f"window={window}: must be at least 1, or None for all")
+        window = mask.size if isinstance(mask, Window) else 0
+        block = mask.size if isinstance(mask, Blocks) else 0
+        if not isinstance(mask, Causal) and mask.size < 1:
+            raise ValueError(f"mask={mask}: the size must be at least 1, or take Causal() for none")
         if not _is_table(lengths, (batch,)):
             _refuse_table("lengths", lengths, f"[{batch}]")
         lengths = lengths.contiguous()
@@ -199,7 +204,8 @@ class Scene:
             cos,
             sin,
             angles,
-            window or 0,
+            window,
+            block,
             torch.get_num_threads(),
         )
         self.address = ctypes.addressof(self._call)

@@ -99,7 +99,7 @@ class AttentionState:
         return AttentionState(self.cache, self.slots.rollback(), self._caches)
 
     def fork(self, rows: Tensor) -> "AttentionState":
-        return AttentionState(self.cache[rows], self.slots.fork(rows))
+        return AttentionState(self.cache.index_select(0, rows), self.slots.fork(rows))
 
     def join(self, other: "AttentionState") -> "AttentionState":
         slots = self.slots.join(other.slots)

@@ -13,7 +13,7 @@ from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import Rng
 from fewstep.models.decoder import Decoder
 from fewstep.nn.masks import places
-from fewstep.training.objectives.masking import MaskingConfig, mask_token_of, masked, scored, surprise
+from fewstep.training.objectives.masking import MaskingConfig, mask_token_of, masked, predicting, scored, surprise
 
 _WIDTHS = tuple(0.5 + 0.1 * i for i in range(5))
 _STRIDE = 0.05
@@ -29,7 +29,7 @@ class BlockConfig(MaskingConfig):
 
     kind: ClassVar[str] = "block"
     source: ClassVar[str] = "Arriola et al. 2025, arXiv 2503.09573, equation 8, sections 3.1 and 5"
-    claims: ClassVar[tuple[str, ...]] = ("diffusion-order", "block-cache")
+    claims: ClassVar[tuple[str, ...]] = ("diffusion-order", "block-cache", "conversion")
 
     size: int = Field(default=4, ge=1)
     clip: bool = False
@@ -99,7 +99,10 @@ class BlockDiffusion:
             mask=Doubled(size),
             noise=torch.cat([noisy.noise, torch.zeros_like(noisy.noise)], 1) if decoder.noisy else None,
         )
-        found = surprise(decoder, encoded.final[:, : batch.tokens.shape[1]], batch.tokens, noisy.hidden)
+        inside, clean = encoded.final.chunk(2, 1)
+        ends = ((place + 1) % size == 0).unsqueeze(-1)  # of blocks, which the next one sees clean
+        output = predicting(decoder, inside, batch, torch.where(ends, clean, inside))
+        found = surprise(decoder, output, batch.tokens, noisy.hidden)
         return found * noisy.weight.to(found.dtype), cells, noisy.noise
 
 

@@ -12,7 +12,7 @@ from fewstep.core.random import Rng
 from fewstep.core.recipe import Config, choice
 from fewstep.diffusion.corruptions import CORRUPTIONS, AbsorbingConfig, CorruptionConfig, absorber
 from fewstep.models.decoder import Decoder
-from fewstep.training.objectives.masking import mask_token_of, scored
+from fewstep.training.objectives.masking import mask_token_of, predicting, scored
 from fewstep.training.objectives.score_entropy import spread_times
 from fewstep.training.objectives.stateless import Stateless
 
@@ -63,7 +63,8 @@ class D3PM(Stateless):
         s, t = i / steps, (i + 1) / steps
         x_t = corruption.corrupt(batch.tokens, t, rng).where(real, batch.tokens)
         noise = (1 - corruption.keep(t)).unsqueeze(1).expand(x_t.shape) if decoder.noisy else None
-        logits = decoder.unembed(decoder(x_t, batch.segments, mask=Full(), noise=noise).final).double()
+        encoded = decoder(x_t, batch.segments, mask=Full(), noise=noise)
+        logits = decoder.unembed(predicting(decoder, encoded.final, batch)).double()
         if decoder.mask_token is not None:
             logits = logits.index_fill(-1, x_t.new_tensor([decoder.mask_token]), -torch.inf)
         data = nn.functional.one_hot(batch.tokens, decoder.vocab).double()

@@ -8,7 +8,7 @@ from fewstep.core.mixer import Full
 from fewstep.core.objective import Batch, Loss
 from fewstep.core.random import Rng
 from fewstep.models.decoder import Decoder
-from fewstep.training.objectives.masking import MaskingConfig, mask_token_of, masked, scored, surprise
+from fewstep.training.objectives.masking import MaskingConfig, mask_token_of, masked, predicting, scored, surprise
 from fewstep.training.objectives.stateless import Stateless
 
 
@@ -18,7 +18,7 @@ class MaskedConfig(MaskingConfig):
 
     kind: ClassVar[str] = "masked"
     source: ClassVar[str] = "Sahoo et al. 2024, arXiv 2406.07524, equation 10; Nie et al. 2025, arXiv 2502.09992, equation 3"
-    claims: ClassVar[tuple[str, ...]] = ("diffusion-order", "stratified-count", "reversal")
+    claims: ClassVar[tuple[str, ...]] = ("diffusion-order", "stratified-count", "reversal", "infilling")
 
     def build(self) -> "MaskedDiffusion":
         return MaskedDiffusion(self)
@@ -43,7 +43,7 @@ class MaskedDiffusion(Stateless):
         noisy = masked(batch, real.long() - 1, mask, self.config, self.config.window, rng)
         level = noisy.noise.amax(1, keepdim=True).expand_as(noisy.noise) if decoder.noisy else None
         encoded = decoder(noisy.tokens, batch.segments, mask=Full(), noise=level)
-        found = surprise(decoder, encoded.final, batch.tokens, noisy.hidden)
+        found = surprise(decoder, predicting(decoder, encoded.final, batch), batch.tokens, noisy.hidden)
         return found * noisy.weight.to(found.dtype)
 
     def loss(self, model: nn.Module, batch: Batch, rng: Rng) -> Loss:

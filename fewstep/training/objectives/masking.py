@@ -17,6 +17,7 @@ from fewstep.core.random import Rng
 from fewstep.core.recipe import Config, choice
 from fewstep.diffusion.corruptions import NOISES, AbsorbingConfig, LogLinearConfig, NoiseConfig, slope
 from fewstep.models.decoder import Decoder
+from fewstep.nn.masks import places
 
 Estimator = Literal["iid-time", "antithetic-time", "iid-count", "stratified-count"]
 
@@ -90,6 +91,17 @@ def mask_token_of(decoder: Decoder, batch: Batch, kind: str) -> int:
     if bool((batch.tokens == token).any()):
         raise ValueError(f"batch: holds the mask token {token}; set model.mask_token to an id that the tokenizer never gives")
     return token
+
+
+def predicting(decoder: Decoder, own: Tensor, batch: Batch, before: Tensor | None = None) -> Tensor:
+    """[B,T,D]: the output that predicts each token of a batch: its `own`, or that of the token before if the decoder is shifted.
+
+    The first of a segment has none before it. `before` [B,T,D]: what is shifted, where that is not all `own`.
+    """
+    if not decoder.shifted:
+        return own
+    place = places(torch.zeros_like(batch.tokens) if batch.segments is None else batch.segments)
+    return torch.where((place > 0).unsqueeze(-1), (own if before is None else before).roll(1, 1), own)
 
 
 def surprise(decoder: Decoder, final_hidden: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fewstep.core.recipe import Config, choice
 from fewstep.diffusion.corruptions import CORRUPTIONS, AbsorbingConfig, CorruptionConfig, absorber
 from fewstep.diffusion.scores import log_scores, score_entropy
 from fewstep.models.decoder import Decoder
-from fewstep.training.objectives.masking import mask_token_of, scored
+from fewstep.training.objectives.masking import mask_token_of, predicting, scored
 from fewstep.training.objectives.stateless import Stateless
 
 
@@ -52,7 +52,8 @@ class ScoreEntropy(Stateless):
         t = self.config.least + (1 - self.config.least) * spread_times(rng)
         x_t = corruption.corrupt(batch.tokens, t, rng).where(real, batch.tokens)
         noise = (1 - corruption.keep(t)).unsqueeze(1).expand(x_t.shape) if decoder.noisy else None
-        logits = decoder.unembed(decoder(x_t, batch.segments, mask=Full(), noise=noise).final)
+        encoded = decoder(x_t, batch.segments, mask=Full(), noise=noise)
+        logits = decoder.unembed(predicting(decoder, encoded.final, batch))
         log_score = log_scores(corruption, x_t, logits, t, decoder.mask_token)
         return score_entropy(corruption, x_t, batch.tokens, log_score, t) * real
 
