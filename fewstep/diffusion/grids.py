@@ -109,7 +109,7 @@ class LearnedConfig(Config):
 
     kind: ClassVar[str] = "learned"
     source: ClassVar[str] = "Tong et al. 2025, arXiv 2405.15506 (grids by gradient through the solver)"
-    claims: ClassVar[tuple[str, ...]] = ("learned-grid",)
+    claims: ClassVar[tuple[str, ...]] = ("learned-grid", "digits-calls")
 
     to_zero: bool = True
     ratios: tuple[float, ...] = ()

@@ -117,17 +117,15 @@ def floor(setup: Setup, ground: str) -> dict[str, Any]:
 
 
 def learn(setup: Setup, ground: str, training: str, seconds: float) -> dict[str, Any]:
-    """Train the network in `seconds` at most, and take its likelihood. A run that was cut short goes on."""
-    teacher = TRAININGS[training].teacher
-    taught = setup.run(ground, teacher) if teacher else None
+    """Train the network in `seconds` at most, and take its likelihood if it has one. A run that was cut short goes on."""
+    row = TRAININGS[training]
+    taught = setup.run(ground, row.teacher) if row.teacher else None
     recipe = recipe_of(ground, training, setup.share, seconds, setup.seed, taught)
     directory = setup.run(ground, training)
     trained = train(recipe, directory=directory, resume=directory.is_dir(), console=Console(quiet=True))
     if trained.summary.interrupted:
         raise KeyboardInterrupt
     model, used = cast(Denoiser | Flow, trained.model), trained.summary.used
-    begun = time.perf_counter()
-    nll = _flow_nll(setup, ground, model) if isinstance(model, Flow) else _ode_nll(setup, ground, model)
     return {
         "ground": ground,
         "training": training,
@@ -135,7 +133,7 @@ def learn(setup: Setup, ground: str, training: str, seconds: float) -> dict[str,
         "asked": cast(Any, recipe["budget"]).steps,
         "seconds": used.seconds,
         "parameters": sum(each.numel() for each in model.parameters()),
-        "nll": {**nll, "seconds": time.perf_counter() - begun},
+        "nll": _nll(setup, ground, model) if row.likely else None,
     }
 
 
@@ -188,6 +186,13 @@ def _held_out(setup: Setup, place: Ground, noisy: bool) -> Tensor:
     source, wanted = (place.noisy if noisy else place.data).build(), setup.rows
     found = torch.cat([batch.extra["x"] for batch in source.validation(4096)])
     return found[: wanted if place.levels else 16 * wanted]
+
+
+def _nll(setup: Setup, ground: str, model: Denoiser | Flow) -> dict[str, Any]:
+    """The likelihood, and the seconds that it took."""
+    begun = time.perf_counter()
+    found = _flow_nll(setup, ground, model) if isinstance(model, Flow) else _ode_nll(setup, ground, model)
+    return {**found, "seconds": time.perf_counter() - begun}
 
 
 def _flow_nll(setup: Setup, ground: str, model: Flow) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _ground(race: Record, name: str, pictures: Path) -> dict[str, Any]:
     place = GROUNDS[name]
     cells = [cell for cell in race["cells"] if cell["ground"] == name]
     floor = next((found for found in race["floors"] if found["ground"] == name), None)
-    nll = [row for row in race["trainings"] if row["ground"] == name]
+    nll = [row for row in race["trainings"] if row["ground"] == name and row["nll"]]
     return {
         "title": place.title,
         "ranked": MEASURES[place.ranked],
@@ -108,7 +108,10 @@ def _marks(low: float, high: float) -> list[float]:
 
 
 def _style(training: str) -> str:
-    return training if TRAININGS[training].kind == "denoiser" else "flow"
+    row = TRAININGS[training]
+    if row.kind == "flow":
+        return "flow"
+    return "few" if row.teacher or not row.likely else training
 
 
 def _nll(rows: Sequence[Record], title: str) -> str | None:

@@ -31,7 +31,7 @@ from fewstep.report.kept import RECORD, kept
 from fewstep.training.data.shards import write_atomically
 
 PAGE = "race.html"
-_TRAINING = 0.55  # of the time may go to training
+_TRAINING = 0.7  # of the time may go to training
 _FREE = ("methods", "grounds", "minutes", "workers", "rungs")  # parts of a setting that leave a finished piece what it is
 
 QUICK: Mapping[str, Any] = MappingProxyType({"share": 0.25, "count": 4096, "seeds": 2, "rows": 32, "rungs": 3, "minutes": 15.0})
@@ -235,7 +235,7 @@ def _cells(config: ImageRaceConfig) -> list[tuple[int, str, str]]:
 
 
 def _weight(place: str, training: str) -> float:
-    return GROUNDS[place].pace(TRAININGS[training].kind).weight
+    return TRAININGS[training].pace(GROUNDS[place]).weight
 
 
 def _begun(config: ImageRaceConfig, folder: Path) -> ImageRace:
@@ -264,7 +264,8 @@ def _place(name: Name) -> tuple[int, ...]:
 def _brief(found: Mapping[str, Any]) -> str:
     if "nll" in found:
         nll = found["nll"]
-        return f"{found['steps']} steps in {found['seconds']:.0f} s, {nll['value']:.3f} {nll['unit']}"
+        likely = f", {nll['value']:.3f} {nll['unit']}" if nll else ""
+        return f"{found['steps']} steps in {found['seconds']:.0f} s{likely}"
     ranked = GROUNDS[found["ground"]].ranked
     score = found["scores"][ranked]
     told = f"{ranked} {score['median']:.4g}"

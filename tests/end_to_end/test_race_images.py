@@ -18,7 +18,7 @@ from fewstep import cli
 from fewstep.core.recipe import parse
 from fewstep.decode.arrays import sample
 from fewstep.hub.arrays import load_arrays
-from fewstep.report import images_race
+from fewstep.report import images_methods, images_race
 from fewstep.report.images_cells import Setup, reference
 from fewstep.report.images_methods import GROUNDS, METHODS, TRAININGS, Ground, recipe_of
 from fewstep.report.images_page import page
@@ -197,6 +197,14 @@ def test_held_out_rows_are_no_training_rows_and_floors_compare_equal_counts(tmp_
     assert copies["copying"] == 0 and copies["frechet"] >= 0
 
 
+def brief(ground: str, training: str, folder: Path) -> Any:
+    """The recipe of one step, with a teacher that has taken none."""
+    teacher = TRAININGS[training].teacher
+    if teacher:
+        brief(ground, teacher, folder)["model"].build().save(folder / teacher)
+    return recipe_of(ground, training, 1e-9, 9.0, 0, folder / teacher if teacher else None)
+
+
 def test_every_method_has_a_network_a_recipe_and_a_request(tmp_path: Path) -> None:
     """The tables fit together: whatever is a line of them can be trained and sampled."""
     assert len(METHODS) >= 12 and len({method.title for method in METHODS.values()}) == len(METHODS)
@@ -205,11 +213,47 @@ def test_every_method_has_a_network_a_recipe_and_a_request(tmp_path: Path) -> No
         for steps in method.steps:
             asked = method.config(steps, 3, 0, 3)
             if TRAININGS[method.training].kind == "denoiser":
-                recipe: Any = recipe_of("moons", method.training, 1e-9, 9.0, 0)
+                recipe = brief("moons", method.training, tmp_path)
                 network = recipe["model"].build().eval()
                 assert recipe["budget"].steps == 1
                 if steps == method.steps[0]:
                     assert sample(network, asked).x.isfinite().all(), name
+
+
+def test_networks_for_few_calls_join_and_find_their_teachers(tmp_path: Path) -> None:
+    """A race of flow matching goes on with them: it trains the teacher that is not there yet, and these after it."""
+    few, told = ("reflow", "consistency", "mean-flow"), console()
+    race_images(config(methods=("fm-euler",), grounds=("moons",)), tmp_path, console=console())
+    before = record(tmp_path)
+    race_images_here(config(methods=few, grounds=("moons",)), tmp_path, told)
+    after = record(tmp_path)
+    assert after["left_out"] == [] and [row for row in after["trainings"] if row["training"] == "fm"] == before["trainings"]
+    nll = {row["training"]: row["nll"] for row in after["trainings"]}
+    assert set(nll) == {"fm", "edm", *few}, "one teacher was there, the other is trained though nobody samples it"
+    assert nll["consistency"] is nll["mean-flow"] is None and nll["reflow"]["error"] > 0
+    calls = {(cell["method"], cell["steps"]): cell["calls"] for cell in after["cells"] if cell["method"] in few}
+    assert calls == {(name, steps): steps for name in few for steps in (1, 2)}
+    html, printed = (tmp_path / "race.html").read_text(), told.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"Mean flow</th><td>Two moons</td>(<td>\d+</td>){3}(<td>-</td>){3}</tr>", html)
+    assert len(re.findall(r'<g class="few">', html)) == 2 * len(few), "a line in each of two charts"
+    assert re.search(r"moons/consistency: \d+ steps in \d+ s$", printed, re.MULTILINE)
+
+
+def test_students_begin_as_their_teachers_and_read_what_teaches_them(tmp_path: Path) -> None:
+    place = images_methods.GROUNDS["digits"]
+    recipes = {name: brief("digits", name, tmp_path) for name in ("reflow", "consistency", "mean-flow")}
+    for name, other in (("reflow", {}), ("consistency", {"parameterisation": "consistency"})):
+        teacher, student = load_arrays(tmp_path / TRAININGS[name].teacher), recipes[name]["model"].build()
+        assert all(torch.equal(mine, own) for mine, own in zip(student.parameters(), teacher.parameters(), strict=True))
+        kept, changed = (model.config.model_dump(exclude=set(other)) for model in (teacher, student))
+        assert kept == changed and all(getattr(student.config, field).kind == kind for field, kind in other.items())
+    pairs = recipes["reflow"]["data"]
+    assert (pairs.kind, recipes["reflow"]["objective"].pairing) == ("coupling", "given")
+    assert pairs.count == place.denoiser.batch, "as many as a batch at least"
+    assert recipe_of("digits", "reflow", 1.0, 9.0, 0, tmp_path)["data"].model_dump()["count"] == place.pairs
+    assert recipes["consistency"]["data"] == recipes["mean-flow"]["data"] == place.noisy
+    network = recipes["mean-flow"]["model"]
+    assert (network.told, network.backbone.turns, network.backbone.width) == ("gap", 2, place.backbone["width"])
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ class ConsistencySamplerConfig(RuleConfig):
 
     kind: ClassVar[str] = "consistency"
     source: ClassVar[str] = "Song et al. 2023, arXiv 2303.01469, algorithm 1"
+    claims: ClassVar[tuple[str, ...]] = ("few-step-digits",)
     order: ClassVar[int] = 0
     stochastic: ClassVar[bool] = True
 

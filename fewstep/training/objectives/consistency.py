@@ -36,6 +36,7 @@ class ConsistencyObjectiveConfig(Config):
     source: ClassVar[str] = (
         "Song et al. 2023, arXiv 2303.01469, algorithms 2 and 3; doubling, pseudo-Huber: Song and Dhariwal 2023, arXiv 2310.14189"
     )
+    claims: ClassVar[tuple[str, ...]] = ("few-step-digits",)
 
     steps: int = Field(default=17, ge=2)
     most: int = Field(default=1280, ge=2)

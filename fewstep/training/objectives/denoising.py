@@ -33,6 +33,7 @@ class DenoisingConfig(TimesConfig):
         "Ho et al. 2020, arXiv 2006.11239; Karras et al. 2022, arXiv 2206.00364; Lipman et al. 2023, arXiv 2210.02747; "
         "reflow: Liu et al. 2023, arXiv 2209.03003"
     )
+    claims: ClassVar[tuple[str, ...]] = ("flow-matching", "reflow")
 
     pairing: Literal["independent", "optimal", "given"] = "independent"
     unlabelled: float = Field(default=0.1, ge=0, le=1)
