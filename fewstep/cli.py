@@ -136,8 +136,8 @@ def fill(
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or run folder of arrays: a denoiser or a flow.")],
     count: Annotated[int, typer.Option("--count", "-n", help="Samples to make.")] = 64,
-    solver: Annotated[str, typer.Option(help="A name of `fewstep systems`.")] = "deis",
-    steps: Annotated[int, typer.Option(help="Steps of the grid.")] = 18,
+    solver: Annotated[str | None, typer.Option(help="A name of `fewstep systems`; default: what suits the model.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the grid; default: 18, or 1 for models made for one call.")] = None,
     label: Annotated[list[int] | None, typer.Option(help="The class of all samples; repeated: of each.")] = None,
     guidance: Annotated[float, typer.Option(help="How much more a class counts; 1: as it was learnt.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
@@ -149,16 +149,14 @@ def sample(
     threads: Threads = 0,
 ) -> None:
     """Sample images or points. --set takes grid, process and the other fields, e.g. --set process=vp, --set grid.rho=5."""
-    from fewstep.core.recipe import parse
-    from fewstep.decode.arrays import SampleConfig
     from fewstep.report.sampled import sample_here
 
     _use(threads)
     fields = _fields(set_)
     kinds = {"solver": solver, "grid": fields.pop("grid", "karras"), "process": fields.pop("process", None)}
     parts = {name: {"kind": kind, **_within(name, fields)} for name, kind in kinds.items() if kind}
-    asked = {"count": count, "steps": steps, "label": tuple(label or ()), "guidance": guidance, "seed": seed}
-    sample_here(model, parse(SampleConfig, {**asked, **parts, **fields}), out, animation=animation)
+    asked = {"count": count, "label": tuple(label or ()), "guidance": guidance, "seed": seed, **parts, **fields}
+    sample_here(model, asked if steps is None else {**asked, "steps": steps}, out, animation=animation)
 
 
 @app.command()

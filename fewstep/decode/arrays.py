@@ -1,7 +1,7 @@
 """Samples of continuous data from a trained denoiser or flow, as a request asks for them. The loop itself is `denoise`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -12,13 +12,16 @@ from torch import Tensor
 from fewstep.core.event import Cost, Event
 from fewstep.core.process import Denoise, Process
 from fewstep.core.random import CounterRng
-from fewstep.core.recipe import Config, choice
+from fewstep.core.recipe import Config, choice, parse
 from fewstep.decode.denoise import Sampled, denoise, start
 from fewstep.diffusion.grids import GRIDS, KarrasConfig, LearnedConfig
 from fewstep.diffusion.guidance import Guided
+from fewstep.diffusion.parameterisations import ConsistencyConfig
 from fewstep.diffusion.processes import PROCESSES
 from fewstep.diffusion.solvers import SOLVERS
+from fewstep.diffusion.solvers.consistency import ConsistencySamplerConfig
 from fewstep.diffusion.solvers.ode import DEISConfig
+from fewstep.diffusion.solvers.sde import DDIMConfig
 from fewstep.diffusion.solvers.unipc import UniPCConfig
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.flow import Flow
@@ -62,6 +65,19 @@ class Samples:
 
     x: Tensor
     cost: Cost
+
+
+def requested(model: Denoiser | Flow, fields: Mapping[str, object]) -> SampleConfig:
+    """The request of `fields` by name, and for what they leave out, how a model of this kind is best sampled.
+
+    One call for a consistency model, one of DDIM for mean flow, the defaults for others. Raises ValueError for a bad field.
+    """
+    own: dict[str, object] = {}
+    if isinstance(model, Denoiser) and model.parameterisation.kind == ConsistencyConfig.kind:
+        own = {"solver": {"kind": ConsistencySamplerConfig.kind}, "steps": 1}
+    elif isinstance(model, Denoiser) and model.config.told == "gap":
+        own = {"solver": {"kind": DDIMConfig.kind}, "steps": 1}
+    return parse(SampleConfig, {**(own if "solver" not in fields else {}), **fields})
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Samples of a model of arrays, made and shown: the numbers, what they cost, and a picture. This file knows no solver by name."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.core.event import Event
-from fewstep.decode.arrays import SampleConfig, Samples, sample
+from fewstep.decode.arrays import Samples, requested, sample
 from fewstep.decode.denoise import Sampled
 from fewstep.hub.arrays import load_arrays
 from fewstep.models.denoiser import Denoiser
@@ -19,16 +20,18 @@ _DRAWN = 256  # samples in a sheet or an animation of images
 
 
 def sample_here(
-    source: str | Path, config: SampleConfig, out: Path, console: Console | None = None, animation: str = "gif"
+    source: str | Path, fields: Mapping[str, object], out: Path, console: Console | None = None, animation: str = "gif"
 ) -> Samples:
     """Sample the model at `source` into the folder `out`: samples.safetensors, samples.json and a picture, where x can be one.
 
+    `fields` of a `SampleConfig`; what they leave out is as the model's kind is best sampled.
     A denoiser's way from noise to data, that of its first batch, becomes an `animation`, gif or webp. Raises ValueError for a
     model, request or folder that will not do.
     """
     if animation not in ("gif", "webp"):
         raise ValueError(f"animation={animation!r}: must be 'gif' or 'webp'; choose one")
     console, model, frames = console or Console(), load_arrays(source), list[Tensor]()
+    config = requested(model, fields)
 
     def watch(event: Event[Sampled]) -> None:
         if len(frames) <= config.steps and isinstance(model, Denoiser):

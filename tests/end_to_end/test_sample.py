@@ -39,15 +39,14 @@ def images(classes: int = 3) -> Denoiser:
 
 @pytest.mark.parametrize("name", ["points-edm", "points-flow-matching", "points-nsf"])
 def test_a_run_can_be_sampled(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    config = SampleConfig(count=5, steps=4, seed=3)
-    made = sample_here(runs[name], config, tmp_path, animation="webp")
+    made = sample_here(runs[name], {"count": 5, "steps": 4, "seed": 3}, tmp_path, animation="webp")
     assert (tmp_path / "samples.webp").is_file() == (name != "points-nsf"), "a flow's samples have no way"
     assert isinstance(load_arrays(runs[name]), Flow if name == "points-nsf" else Denoiser)
     assert torch.equal(load_file(tmp_path / "samples.safetensors")["x"], made.x) and made.x.shape == (5, 2)
     assert made.x.isfinite().all() and (tmp_path / "samples.png").is_file()
     told = json.loads((tmp_path / "samples.json").read_text())
     assert told["setting"]["seed"] == 3 and told["cost"]["calls"] == 5 * (1 if name == "points-nsf" else 4)
-    later = sample_here(runs[name], SampleConfig(count=2, steps=4, seed=6, batch=1), tmp_path / "later")
+    later = sample_here(runs[name], {"count": 2, "steps": 4, "seed": 6, "batch": 1}, tmp_path / "later")
     torch.testing.assert_close(later.x, made.x[3:], rtol=1e-5, atol=1e-5)  # sample i is that of its own seed
 
 
@@ -80,7 +79,7 @@ def test_classes_and_guidance_move_samples_and_cost_calls(tmp_path: Path) -> Non
     each = sample(model, parse(SampleConfig, {**asked, "label": (0, 1, 2, 1)}))
     torch.testing.assert_close(each.x[1], given.x[1])
     model.save(tmp_path / "model")
-    made = sample_here(tmp_path / "model", parse(SampleConfig, asked), tmp_path / "out")
+    made = sample_here(tmp_path / "model", asked, tmp_path / "out")
     torch.testing.assert_close(made.x, free.x)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "samples.safetensors",
@@ -101,11 +100,11 @@ def test_what_cannot_be_sampled_is_refused(runs: dict[str, Path], tmp_path: Path
             sample(images(), parse(SampleConfig, {"count": 3, "steps": 2, **fields}))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^out=[^\n]*; [^\n]*$"):
-        sample_here(runs["points-nsf"], SampleConfig(count=2), tmp_path / "file" / "out")
+        sample_here(runs["points-nsf"], {"count": 2}, tmp_path / "file" / "out")
     with pytest.raises(ValueError, match=r"^label=[^\n]*; [^\n]*$"):
-        sample_here(runs["points-nsf"], SampleConfig(count=2, label=(1,)), tmp_path)
+        sample_here(runs["points-nsf"], {"count": 2, "label": (1,)}, tmp_path)
     with pytest.raises(ValueError, match=r"^animation='avi': must be 'gif' or 'webp'; [^\n]*$"):
-        sample_here(runs["points-nsf"], SampleConfig(count=2), tmp_path, animation="avi")
+        sample_here(runs["points-nsf"], {"count": 2}, tmp_path, animation="avi")
     with pytest.raises(ValueError, match="denoiser"):
         load_arrays("code-nano")
 
@@ -143,5 +142,10 @@ def test_the_public_face_samples_a_model_or_what_a_name_stands_for(runs: dict[st
     assert one.x.shape == (5, 2) and torch.equal(one.x, other.x)
     assert not torch.equal(one.x, fewstep.sample(model, 5, solver="heun", steps=4, seed=4).x)
     assert fewstep.sample(runs["points-nsf"], 7).cost.calls == 7
+    few = [{"parameterisation": {"kind": "consistency"}}, {"told": "gap", "process": "flow", "parameterisation": "velocity"}]
+    for fields in few:  # models made for few calls say so themselves
+        made = parse(DenoiserConfig, {"shape": (2,), "backbone": {"kind": "points", "width": 8}, **fields}).build().eval()
+        assert (fewstep.sample(made, 3).cost.calls, fewstep.sample(made, 3, steps=2).cost.calls) == (3, 6)
+        assert fewstep.sample(made, 3, solver="heun").cost.calls == 3 * 35
     with pytest.raises(ValueError, match="solver"):
         fewstep.sample(model, solver="nothing")

@@ -125,7 +125,7 @@ def test_every_registered_drafter_is_here() -> None:
 
 
 def test_what_is_shipped_is_small_and_says_what_it_was_made_from() -> None:
-    assert {"code-nano", "code-nano-eagle", "digits-edm"} <= set(shipped())
+    assert {"code-nano", "code-nano-eagle", "digits-consistency", "digits-edm"} <= set(shipped())
     for directory in shipped().values():
         card = json.loads((directory / CARD).read_text(encoding="utf-8"))
         assert card["name"] == directory.name and card["licence_of_data"] and card["training"] and card["parameters"] > 0
@@ -134,9 +134,10 @@ def test_what_is_shipped_is_small_and_says_what_it_was_made_from() -> None:
     assert sum(path.stat().st_size for path in files) < 40e6
 
 
-def test_the_shipped_digits_are_sampled_by_class() -> None:
-    made = fewstep.sample("digits-edm", 20, label=[0] * 10 + [1] * 10, steps=10)
-    assert made.x.shape == (20, 1, 8, 8) and made.cost.calls == 200
+@pytest.mark.parametrize(("name", "steps", "calls"), [("digits-edm", 10, 200), ("digits-consistency", None, 20)])
+def test_the_shipped_digits_are_sampled_by_class(name: str, steps: int | None, calls: int) -> None:
+    made = fewstep.sample(name, 20, label=[0] * 10 + [1] * 10, steps=steps)
+    assert made.x.shape == (20, 1, 8, 8) and made.cost.calls == calls
     zeros, ones = made.x.view(2, 10, 8, 8).mean(1)
     assert zeros[3:5, 3:5].mean() < 6 < 10 < ones[3:5, 3:5].mean()  # a ring is empty inside, a stroke is not
 

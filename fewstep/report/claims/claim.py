@@ -24,8 +24,8 @@ class Effort(Config):
     """How much a reproduction may spend: prompts and tokens of each, rounds of timing, draws of the tests of laws, seconds of
     training for each network that is not at hand, steps for those that are compared after as many. `model` and `draft`: names,
     directories or hub ids; `dtype` their weights'. `heads`: a folder with the heads for the model by kind, medusa in
-    heads/medusa, as `fewstep train medusa --out heads/medusa` leaves them, and with whole models made of it (block, block-quarter,
-    masked, convert10); those that are missing are trained there.
+    heads/medusa, as `fewstep train medusa --out heads/medusa` leaves them, and with whole models made of it (block, masked,
+    block-quarter, convert10); those that are missing are trained there.
     """
 
     model: str = "code-nano"
