@@ -174,7 +174,7 @@ class MaskedTable(TableModel):
 
     def __init__(self, like: TableModel, seed: int, near: float) -> None:
         super().__init__(like.vocab, seed, like=like, near=near)
-        self.mask_token, self.noisy = like.vocab, False
+        self.mask_token, self.shifted, self.noisy = like.vocab, False, False
         self.vocab = self.width = like.vocab + 1
 
     @property

@@ -131,6 +131,7 @@ def test_schedulers_of_diffusers_are_driven_as_ours_are(seed: int) -> None:
 
 
 def test_a_student_of_digits_is_distilled_and_sampled_in_one_call(brief: None, teacher: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
     assert load_recipe(few_step_digits.RECIPE)["model"].teacher == digits.TEACHER  # type: ignore[attr-defined]
     student = few_step_digits.taught(bench(tmp_path))
     again = few_step_digits.taught(bench(tmp_path))  # it is at hand, and is not trained on
@@ -148,6 +149,7 @@ def test_a_student_of_digits_is_distilled_and_sampled_in_one_call(brief: None, t
 
 
 def test_the_whole_claim_of_a_student(brief: None, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
     claim = CLAIMS["few-step-digits"]
     found = list(claim.measure(bench(tmp_path, rounds=2)))
     assert tuple(finding.criterion for finding in found) == claim.criteria
@@ -174,6 +176,7 @@ def test_the_whole_claim_of_calls(peers: int, brief: None, monkeypatch: pytest.M
 
 
 def test_digits_are_held_against_those_of_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
     monkeypatch.setattr(digits, "classifier_of", partial(classifier_of, steps=1, cache=tmp_path))
     judge = digits.Digits(0)
     few = judge.held_out[:64]
