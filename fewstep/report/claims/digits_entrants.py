@@ -52,7 +52,7 @@ def here() -> list[Entrant]:
     pair = (("UniPC-3", unipc), ("DEIS-3", deis))
     others = (("DPM-Solver++ 3M", DPMSolverConfig(terms=3)), ("UniPC-2", UniPCConfig()), ("DPM-Solver++ 2M", DPMSolverConfig()))
     ends = tuple((f"{name} to {_LEAST}", grid.model_copy(update={"to_zero": False})) for name, grid in _GRIDS)
-    spaced = (*product(pair, (*_GRIDS, *ends)), *product(others, _GRIDS))
+    spaced = product((*pair, *others), (*_GRIDS, *ends))
     return [
         Entrant("UniPC-3, learned grid", partial(sampled, unipc, learned), _LEARNED),
         Entrant(
