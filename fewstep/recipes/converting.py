@@ -20,7 +20,8 @@ class ConvertedConfig(Config):
     """The finished decoder `start`, a shipped name, a directory or a hub id, trained on as a decoder with a mask token.
 
     What is saved is a decoder, which needs no other. Heads are left behind: they served another trunk. `shifted`: a masked token
-    goes on to be predicted by the output before it, as the next token was; else by its own, which is to be learnt anew.
+    goes on to be predicted by the output before it, as the next token was; else by its own, which is to be learnt anew. A start
+    that knows masks already keeps to its own way.
     """
 
     kind: ClassVar[str] = "converted"
@@ -56,9 +57,9 @@ def described(recipe: Recipe, network: Decoder) -> Recipe:
 def masked(network: Decoder, shifted: bool = True) -> Decoder:
     """`network` without heads and with a mask token: its own, or a new last id that begins as the mean of all others."""
     own, weights = network.config, dict(network.state_dict())
-    update: dict[str, object] = {"heads": (), "shifted": shifted}
+    update: dict[str, object] = {"heads": ()}
     if own.mask_token is None:
-        update |= {"vocab": own.vocab + 1, "mask_token": own.vocab}
+        update |= {"vocab": own.vocab + 1, "mask_token": own.vocab, "shifted": shifted}
         for name in ("embedding.weight", "head.weight"):
             weights[name] = torch.cat([weights[name], cast(Tensor, weights[name]).mean(0, keepdim=True)])
     made = parse(DecoderConfig, {**dict(own), **update}).build().to(network.embedding.weight)

@@ -87,6 +87,7 @@ def test_a_mask_token_is_added_and_nothing_else_changes(tied: bool, seed: int) -
     assert (made.head.weight is made.embedding.weight) == tied
     again = masked(made)
     assert again.config == made.config and torch.equal(again.embedding.weight, made.embedding.weight)
+    assert made.shifted and not masked(masked(model, shifted=False)).shifted  # what was trained one way stays so
 
 
 def recipe(start: Path, **sections: Any) -> Recipe:
