@@ -5,13 +5,13 @@ This file knows no kind of heads: a config builds them, an objective teaches the
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 from pydantic import Field
 from rich.console import Console
+from rich.progress import track
 
 from fewstep.core.recipe import Config, Recipe, choice
 from fewstep.decode.drafters.silent import SilentConfig
@@ -92,15 +92,23 @@ def open_target(recipe: Recipe, device: str, seed: int) -> Model | None:
     return model
 
 
-def corpus_of(data: Config, target: Model | None, cache: Path, say: Callable[[str], None]) -> DataConfig:
-    """`data`, or in place of self-distilled data the texts that the target wrote, kept in `cache` for later runs."""
-    if target is None or not isinstance(data, SelfDistilledConfig):
+def corpus_of(data: Config, target: Model | None, cache: Path, console: Console) -> DataConfig:
+    """`data`, or in place of self-distilled data the texts that its writer wrote, kept in `cache` for later runs.
+
+    Raises ValueError for a writer without a tokenizer, and without one for a target that knows masks, which writes otherwise.
+    """
+    if not isinstance(data, SelfDistilledConfig) or (target is None and data.writer is None):
         return cast(DataConfig, data)
-    file = cache / "distilled" / f"{_identity(data, target.network)}.jsonl"
+    writer = cast(Model, target) if data.writer is None else load(data.writer)
+    if writer.tokenizer is None:
+        raise ValueError(f"data.writer={data.writer!r}: has no tokenizer to read text with; add its tokenizer.json")
+    if data.writer is None and writer.network.mask_token is not None:
+        raise ValueError("data.writer: none, and a model with a mask token does not write by itself; name the one that writes")
+    file = cache / "distilled" / f"{_identity(data, writer.network)}.jsonl"
     if not file.is_file():
-        say(f"{data.count} texts of the target's own: {data.new_tokens} tokens each")
+        console.print(f"{data.count} texts of the writer's own: {data.new_tokens} tokens each", highlight=False)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, _written(data, target).encode())
+        write_atomically(file, _written(data, writer, console).encode())
     return TextConfig(paths=(file,), held_out=data.held_out)
 
 
@@ -156,9 +164,9 @@ def _remember(network: Decoder, measured: HeadsConfig) -> None:
     network.requires_grad_(False).eval()
 
 
-def _written(data: SelfDistilledConfig, target: Model) -> str:
-    """JSON lines of the target's continuations, prompts included."""
-    tokenizer = cast(Tokenizer, target.tokenizer)
+def _written(data: SelfDistilledConfig, writer: Model, console: Console) -> str:
+    """JSON lines of the writer's continuations, prompts included."""
+    tokenizer = cast(Tokenizer, writer.tokenizer)
     pieces = (
         ids[start : start + data.prompt_tokens]
         for document in cast(DataConfig, data.prompts).build().documents("train")
@@ -167,11 +175,12 @@ def _written(data: SelfDistilledConfig, target: Model) -> str:
     )
     prompts = _spread(list(pieces), data.count)
     options = GenerationConfig(max_new_tokens=data.new_tokens, temperature=data.temperature, seed=data.seed, budget=1)
-    silent = SilentConfig().build(target.network, lambda path: target.network)
+    silent = SilentConfig().build(writer.network, lambda path: writer.network)
     lines = []
-    for start in range(0, len(prompts), data.batch):
+    starts = range(0, len(prompts), data.batch)
+    for start in track(starts, "writing", console=console, transient=True, disable=not console.is_terminal):
         rows = prompts[start : start + data.batch]
-        for row, done in zip(rows, generate(target, rows, silent, options), strict=True):
+        for row, done in zip(rows, generate(writer, rows, silent, options), strict=True):
             lines.append(json.dumps({"text": tokenizer.decode([*row, *done.tokens])}) + "\n")
     return "".join(lines)
 

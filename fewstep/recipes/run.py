@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -87,7 +87,7 @@ def train(
         return _train_on_arrays(recipe, plan, directory, resume, device, console)
     target = open_target(recipe, device, plan.run.seed)
     given = target or open_start(recipe, device)
-    dataset = _prepared(recipe, given, console.print)
+    dataset = _prepared(recipe, given, console)
     network = build_network(recipe, dataset, plan.run.seed).to(device) if given is None else given.network
     if given is not target:
         recipe = described(recipe, network)
@@ -184,11 +184,11 @@ class _HeldOutRows:
         return self._arrays.validation(self._batch)
 
 
-def _prepared(recipe: Recipe, target: Model | None, say: Callable[[str], None]) -> Dataset:
+def _prepared(recipe: Recipe, target: Model | None, console: Console) -> Dataset:
     """The recipe's data in its tokenizer's tokens, or in the target's."""
-    data = corpus_of(recipe["data"], target, cache_directory(), say)
+    data = corpus_of(recipe["data"], target, cache_directory(), console)
     tokenizer = cast(BPEConfig, recipe["tokenizer"]) if target is None else cast(Tokenizer, target.tokenizer)
-    return prepare(data, tokenizer, _data_directory(data, tokenizer), say)
+    return prepare(data, tokenizer, _data_directory(data, tokenizer), console.print)
 
 
 def _data_directory(data: DataConfig, tokenizer: BPEConfig | Tokenizer) -> Path:

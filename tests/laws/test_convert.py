@@ -120,6 +120,18 @@ def test_a_finished_model_is_trained_on_and_drafts_for_what_it_was(target: Path,
     assert torch.equal(again.network.head.weight, own.head.weight)
 
 
+def test_it_learns_from_what_another_wrote(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of the finished model, not of the one being made, which has a token that no text has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = {"kind": "self_distilled", "prompts": {"kind": "text", "paths": [str(target.parent / "text")]}, "held_out": 0.3}
+    data |= {"count": 12, "prompt_tokens": 16, "new_tokens": 60, "temperature": 1.0}
+    with pytest.raises(ValueError, match=r"^data.writer: none, [^\n]*; name the one that writes$"):
+        train(recipe(target, data=data), directory=tmp_path / "run", console=QUIET)
+    train(recipe(target, data={**data, "writer": str(target)}), directory=tmp_path / "run", console=QUIET)
+    (file,) = (tmp_path / "cache" / "fewstep" / "distilled").iterdir()
+    assert len(file.read_text().splitlines()) == 12
+
+
 def test_recipes_and_refusals(target: Path, tmp_path: Path) -> None:
     assert isinstance(load_recipe("code-block-from-nano")["model"], ConvertedConfig)
     assert isinstance(load_recipe("code-selfspec")["objective"], SelfSpeculationConfig)

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from fewstep.core.event import Cost
+from fewstep.core.recipe import resolve
 from fewstep.decode.drafters.silent import SilentConfig
 from fewstep.decode.generate import decode
 from fewstep.models.model import Model
@@ -26,7 +27,7 @@ from fewstep.report.claims.dflash import race_dflash
 from fewstep.report.claims.parallel_decoding import best_of
 from fewstep.report.contest import PLAIN, Lap, RaceConfig, Record
 from fewstep.report.prompts import Prompt
-from fewstep.training.data.bpe import BPEConfig
+from fewstep.training.data import DATA, BPEConfig
 
 _BLOCK = {"kind": "block", "size": 4}
 
@@ -128,12 +129,16 @@ def test_only_points_that_keep_the_entropy_count() -> None:
 def test_the_claim_of_parallel_decoding(bench: Bench) -> None:
     nn.init.constant_(cast(torch.Tensor, bench.model.network.norm.weight), 0.05)  # flat laws: no text repeats one token
     converted(bench, "block", _BLOCK)
-    found = measured("parallel-decoding", bench)["tokens-per-call"]
-    curve = found.numbers["curve"]
-    assert [point["threshold"] for point in curve] == [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
-    assert all(1 <= point["tokens_per_call"] <= 4 and point["entropy_ratio"] > 0 for point in curve)
-    assert all({"judge", "entropy", "distinct"} <= point.keys() for point in (*curve, found.numbers["autoregressive"]))
-    assert found.value in {0.0, *(point["tokens_per_call"] for point in curve)}
+    findings = measured("parallel-decoding", bench)
+    assert set(findings) == {"tokens-per-call", "greedy-tokens-per-call"}
+    for found in findings.values():
+        curve = found.numbers["curve"]
+        assert [point["threshold"] for point in curve] == [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+        assert all(1 <= point["tokens_per_call"] <= 4 and point["entropy_ratio"] > 0 for point in curve)
+        assert all({"judge", "entropy", "distinct"} <= point.keys() for point in (*curve, found.numbers["autoregressive"]))
+        assert found.value in {0.0, *(point["tokens_per_call"] for point in curve)}
+    sampled, greedy = (findings[name].numbers["autoregressive"] for name in ("tokens-per-call", "greedy-tokens-per-call"))
+    assert sampled["entropy"] > greedy["entropy"]
 
 
 def record(name: str, tokens_per_call: int, seconds: float, texts: list[list[int]]) -> Record:
@@ -200,11 +205,27 @@ def test_more_or_unknown_training_is_no_conversion_by_a_tenth(bench: Bench) -> N
     assert unknown.verdict == "not measured" and "training unknown" in unknown.how
 
 
+def test_what_a_model_wrote_is_learnt_by_a_block_model(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bench's model writes, on pieces of its own data, and is what the other begins as."""
+    seen: dict[str, Any] = {}
+
+    def stopped(recipe: str, fields: dict[str, Any], **_: Any) -> Any:
+        seen.update(fields)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("fewstep.report.claims.at_hand.train", stopped)
+    with pytest.raises(ValueError, match="far enough"):
+        at_hand(bench, "block", "code-block-distilled")
+    loaded = load_recipe("code-block-distilled", seen)
+    assert loaded["data"].model_dump()["writer"] == bench.effort.model == loaded["model"].model_dump()["start"]
+    assert cast(Any, loaded["data"]).prompts == resolve(cast(Any, bench.model.recipe["data"]), DATA, "data")
+
+
 def test_a_model_of_other_tokens_is_refused(bench: Bench) -> None:
     other = Model(masked(bench.model.network), BPEConfig(vocab=300).build(["another text " * 9]), bench.model.recipe)
     other.save(Path(bench.effort.heads) / "block")
     with pytest.raises(ValueError, match=r"heads=.*block has another tokenizer") as refusal:
-        at_hand(bench, "block", "code-block-from-nano")
+        at_hand(bench, "block", "code-block-distilled")
     assert "\n" not in str(refusal.value)
     converted(bench, "whole", {"kind": "masked"})
     with pytest.raises(ValueError, match=r"objective='masked'; give one trained by block"):
@@ -216,4 +237,5 @@ def test_the_recipes_are_what_the_claims_say() -> None:
     small, large = (sum(p.numel() for p in config.build().parameters()) for config in (draft, nano))  # type: ignore[attr-defined]
     assert 0.2 <= small / large <= 0.3
     assert load_recipe("code-masked-from-nano")["objective"].kind == "masked"
+    assert load_recipe("code-block-distilled")["data"].model_dump()["temperature"] == 0.5
     assert load_recipe("code-block-draft")["objective"].model_dump()["size"] == 8

@@ -17,6 +17,7 @@ from fewstep.report.claims.claim import Bench
 from fewstep.report.claims.tuning import finished
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.training.checkpoint import Checkpoints
+from fewstep.training.data import SelfDistilledConfig
 
 _UNFINISHED = ".unfinished"
 
@@ -91,7 +92,12 @@ def encoded(bench: Bench) -> list[list[int]]:
 
 def _fields(bench: Bench, recipe: str) -> dict[str, object]:
     """What the bench says of a recipe: the data, where a converted model starts, the seed; nothing is validated on the way."""
-    fields: dict[str, object] = {f"data.{name}": value for name, value in data_of(bench).items()}
-    if isinstance(load_recipe(recipe)["model"], ConvertedConfig):
+    sections = load_recipe(recipe)
+    fields: dict[str, object] = {"run.seed": bench.effort.seed, "run.validate_every": 0}
+    if isinstance(sections["data"], SelfDistilledConfig):
+        fields |= {"data.writer": bench.effort.model, "data.prompts": data_of(bench)}
+    else:
+        fields |= {f"data.{name}": value for name, value in data_of(bench).items()}
+    if isinstance(sections["model"], ConvertedConfig):
         fields["model.start"] = bench.effort.model
-    return fields | {"run.seed": bench.effort.seed, "run.validate_every": 0}
+    return fields

@@ -47,7 +47,7 @@ DFLASH = Criterion(
 def measure(bench: Bench) -> Iterator[Finding]:
     """The findings of this claim, in the order of its criteria; contestants take turns prompt by prompt."""
     effort, network, ids = bench.effort, bench.model.network, encoded(bench)
-    drafters = {SAME: at_hand(bench, SAME, "code-block-from-nano"), QUARTER: at_hand(bench, QUARTER, "code-block-draft")}
+    drafters = {SAME: at_hand(bench, SAME, "code-block-distilled"), QUARTER: at_hand(bench, QUARTER, "code-block-draft")}
     kinds = [name for name in _BESIDE if name == "ngram" or name in network.heads]
     chosen = entrants(network, kinds)
     for name, drafter in drafters.items():

@@ -29,14 +29,17 @@ class TargetTokenizerConfig(Config):
 
 @final
 class SelfDistilledConfig(DataConfig):
-    """Texts that the target wrote itself: `count` pieces of `prompt_tokens` each, from `prompts`, continued by `new_tokens`.
+    """Texts that a model wrote itself: `count` pieces of `prompt_tokens` each, from `prompts`, continued by `new_tokens`.
 
-    A drafter meets its target's own tokens, not a corpus's, so it learns from those. `temperature` 0 is greedy. The texts are
-    tokenized anew. Source: Medusa, arXiv 2401.10774, section 2.3.2. Cost: a plain generation of all of them, kept for later runs.
+    A drafter meets its target's own tokens, not a corpus's, so it learns from those; and a model that reveals many tokens at once
+    learns from such text what a corpus leaves open. `writer`: a shipped name, a directory or a hub id (None: the target of the
+    drafter). `temperature` 0 is greedy. The texts are tokenized anew. Source: Medusa, arXiv 2401.10774, section 2.3.2; Kim and
+    Rush, arXiv 1606.07947. Cost: a plain generation of all of them, kept for later runs.
     """
 
     kind: ClassVar[str] = "self_distilled"
 
+    writer: str | None = None
     prompts: choice(lambda: {c.kind: c for c in (StdlibConfig, TextConfig)}, "prompts") = StdlibConfig()  # type: ignore[valid-type]
     count: int = Field(default=2048, ge=2)
     prompt_tokens: int = Field(default=64, ge=1)
@@ -47,4 +50,4 @@ class SelfDistilledConfig(DataConfig):
 
     def documents(self) -> Iterator[Document]:
         """Raises ValueError: the run that has the target writes them."""
-        raise ValueError("data='self_distilled': there is no target to write texts; set model.kind='drafter', or name a corpus")
+        raise ValueError("data='self_distilled': there is no target to write texts; set data.writer to a model, or name a corpus")
