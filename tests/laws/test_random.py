@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fewstep.core.random import _GOLDEN, CounterRng, _mix
+from fewstep.core.random import _GOLDEN, CounterRng, _mix, _mixed
 
 FALSE_ALARM = 1e-6
 DRAWS = 1 << 17
@@ -52,6 +52,15 @@ def test_the_numbers_are_fixed() -> None:
         [3056384380274945, 3544381948697393],
         [7513801161054060, 3455430022908462],
     ]
+
+
+def test_the_numbers_do_not_depend_on_the_device(seed: int) -> None:
+    """The CPU has its own way of mixing: the same bits, whatever the layout, and what is mixed stays as it is."""
+    bits = torch.randint(-(2**63), 2**63 - 1, (7, 5))
+    for x in (bits, bits.t(), bits[:, ::2], bits[:0], bits[:, :1].expand(7, 3), bits[0, 0]):
+        before = x.clone()
+        mixed = _mix(x)
+        assert mixed.shape == x.shape and torch.equal(mixed, _mixed(x)) and torch.equal(x, before)
 
 
 def test_rows_are_independent_of_their_batch(seed: int) -> None:
