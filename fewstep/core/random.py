@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol, Self, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,9 +56,8 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-_GOLDEN, _MIX1, _MIX2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_ROUNDS = tuple((np.uint64(shift), np.int64(mix).view(np.uint64)) for shift, mix in ((30, _MIX1), (27, _MIX2)))
-_LAST = np.uint64(31)
+_ROUNDS = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
+_GOLDEN, _MIX1, _MIX2 = (_signed(c) for c in (0x9E3779B97F4A7C15, *(factor for _, factor in _ROUNDS)))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -70,11 +68,11 @@ def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 tensors (multiplication wraps); on the CPU by NumPy, in a half to a third of the time."""
     if x.device.type != "cpu":
         return _mixed(x)
-    bits = np.atleast_1d(x.numpy()).view(np.uint64)  # of no dimension NumPy makes what is no array
+    bits = x.reshape(-1).numpy().view("uint64")
     for shift, factor in _ROUNDS:
         bits = (bits >> shift) ^ bits
         bits *= factor
-    return torch.from_numpy(((bits >> _LAST) ^ bits).view(np.int64)).view(x.shape)
+    return torch.from_numpy(((bits >> 31) ^ bits).view("int64")).view(x.shape)
 
 
 def _mixed(x: Tensor) -> Tensor:

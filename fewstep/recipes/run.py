@@ -188,11 +188,11 @@ def _prepared(recipe: Recipe, target: Model | None, console: Console) -> Dataset
     """The recipe's data in its tokenizer's tokens, or in the target's."""
     data = corpus_of(recipe["data"], target, cache_directory(), console)
     tokenizer = cast(BPEConfig, recipe["tokenizer"]) if target is None else cast(Tokenizer, target.tokenizer)
-    return prepare(data, tokenizer, _data_directory(data, tokenizer), console.print)
+    return prepare(data, tokenizer, data_directory(data, tokenizer), console.print)
 
 
-def _data_directory(data: DataConfig, tokenizer: BPEConfig | Tokenizer) -> Path:
+def data_directory(data: DataConfig, tokenizer: BPEConfig | Tokenizer) -> Path:
     """One folder per source, tokenizer and Python version, so that runs of one recipe share their tokens."""
-    words = tokenizer.hash if isinstance(tokenizer, Tokenizer) else tokenizer.model_dump_json()
+    words = tokenizer.hash if isinstance(tokenizer, Tokenizer) else tokenizer.identity
     content = f"{data.model_dump_json()}{words}{sys.version}"
     return cache_directory() / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]

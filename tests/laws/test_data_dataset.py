@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.recipes.run import data_directory
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.training.data import BPEConfig, Dataset, Loader, TextConfig, prepare
+from fewstep.training.data import BPEConfig, Dataset, Loader, StdlibConfig, TextConfig, prepare
 from fewstep.training.data.loader import validation_batches
 from fewstep.training.data.shards import PartEntry, Shard, ShardWriter, open_part, token_dtype
 
@@ -233,3 +234,11 @@ def test_loader_refuses_what_it_cannot_fill(tmp_path: Path, seed: int) -> None:
             Loader(shards, batch=batch, length=length, seed=seed)
     with pytest.raises(ValueError, match="step=-1"):
         Loader(shards, batch=1, length=8, seed=seed).batch(-1)
+
+
+def test_text_that_is_cut_otherwise_is_prepared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier version kept under its own way of cutting must not be taken for what this one would make."""
+    before = data_directory(StdlibConfig(), BPEConfig())
+    assert data_directory(StdlibConfig(), BPEConfig()) == before != data_directory(StdlibConfig(), BPEConfig(vocab=300))
+    monkeypatch.setattr("fewstep.training.data.bpe._SPLIT", r"\s+")
+    assert data_directory(StdlibConfig(), BPEConfig()) != before

@@ -34,6 +34,11 @@ class BPEConfig(Config):
     vocab: int = Field(default=2048, ge=257, le=1_000_000)
     eos: str = Field(default="<|endoftext|>", min_length=1)
 
+    @property
+    def identity(self) -> str:
+        """All that the tokenizer comes from beside the texts: its fields and how text is cut."""
+        return f"{self.model_dump_json()}{_SPLIT}"
+
     def build(self, texts: Iterable[str]) -> Tokenizer:
         """The tokenizer of `vocab` ids at most (fewer if the texts have no more pairs) trained on `texts`; deterministic."""
         core = tokenizers.Tokenizer(models.BPE())
