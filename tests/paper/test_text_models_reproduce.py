@@ -173,6 +173,23 @@ def test_the_claim_of_block_drafts(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert race["block tree"]["draft_calls"] <= race["block tree"]["calls"], "one evaluation a draft"
 
 
+def test_block_drafts_beside_what_raced_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DFlash runs once, the others for every round: its tokens are compared, never its seconds."""
+    for name in ("block", "block-quarter"):
+        converted(bench, name, _BLOCK)
+
+    def alone(bench: Bench, ids: Any, config: RaceConfig) -> Record:
+        return record("dflash", 2, 1.0, [[0] * 8 for _ in ids])
+
+    monkeypatch.setattr(block_drafts, "race_dflash", alone)
+    effort = bench.effort.model_copy(update={"count": 2, "rounds": 2})
+    found = measured("block-drafts", replace(bench, effort=effort))
+    race = found["tokens-per-call"].numbers
+    best = max(race[f"block {way}"]["tokens_per_call"] for way in ("chain", "tree", "in steps"))
+    assert found["over-dflash"].value == pytest.approx(best / 2)
+    assert found["over-dflash"].numbers["tokens_per_call"] == 2
+
+
 @pytest.mark.claims
 def test_dflash_learns_and_changes_no_token(bench: Bench) -> None:
     """transformers' loop with a drafter trained for a moment: the text of plain decoding."""
