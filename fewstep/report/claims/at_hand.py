@@ -25,7 +25,10 @@ _UNFINISHED = ".unfinished"
 @final
 @dataclass(frozen=True, slots=True)
 class AtHand:
-    """A `model`, the `path` it was loaded from, and the `tokens` it was trained on (None: its run is not there to tell)."""
+    """A `model`, the `path` it was loaded from, and the `tokens` of its last training (None: its run is not there to tell).
+
+    What a converted model learnt before, as the model it began as, is not among them.
+    """
 
     model: Model
     path: str
@@ -34,7 +37,7 @@ class AtHand:
     @property
     def told(self) -> str:
         """The training in words."""
-        return "training unknown" if self.tokens is None else f"{self.tokens:,} tokens of training"
+        return "training unknown" if self.tokens is None else f"{self.tokens:,} tokens in its last training"
 
     @property
     def block(self) -> int:
